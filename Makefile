@@ -1,0 +1,42 @@
+# Everything runs in .venv, made once from $(PYTHON) and requirements.lock.
+
+PYTHON ?= python3
+WORKDIR ?= runs/quickstart
+
+# One stamp a Python version: asking for another one makes .venv anew.
+STAMP := .venv/installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+
+.DEFAULT_GOAL := help
+.PHONY: help env train test test-slow lint lock clean-env
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+env: $(STAMP)  ## makes .venv (PYTHON=python3.12 for another Python)
+
+$(STAMP): requirements.lock setup.py
+	@$(PYTHON) -c 'import sys; sys.exit("error: PYTHON=$(PYTHON): wanted Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	@echo "making .venv; this takes a few minutes, once" >&2
+	@$(PYTHON) -m venv --clear .venv
+	@.venv/bin/python -m pip install --quiet -r requirements.lock
+	@.venv/bin/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+train: env  ## trains configs/quickstart.py into WORKDIR=runs/quickstart and writes its report
+	.venv/bin/python -m experiments.train --config=configs/quickstart.py --workdir=$(WORKDIR)
+
+test: lint  ## lint, and every test but the slow ones
+	.venv/bin/python -m pytest -q -m "not slow"
+
+test-slow: env  ## the slow tests
+	.venv/bin/python -m pytest -q -m slow
+
+lint: env  ## ruff
+	.venv/bin/ruff check --quiet .
+
+lock:  ## resolves the newest versions for each supported Python into requirements.lock
+	$(PYTHON) tools/lock.py python3.11 python3.12 > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean-env:  ## removes .venv
+	rm -rf .venv

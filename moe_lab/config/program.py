@@ -1,0 +1,98 @@
+"""The entry that every program in experiments/ shares.
+
+    def main(config: Config, workdir: Path) -> dict:
+      from moe_lab.train import loop  # what needs jax is imported here, so --help and mistakes answer at once
+      ...
+
+    if __name__ == "__main__":
+      program.run(main)
+
+The last line on stdout is main's result, one JSON object; everything else goes
+to stderr. Exit 0 done, 1 failed, 2 bad usage or config, 130 interrupted; main
+raises SystemExit(75) when it was preempted and may simply be started again.
+"""
+
+import inspect
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags as absl_flags
+from absl import logging as absl_logging
+
+from moe_lab.config import command_line
+from moe_lab.errors import UserError
+
+absl_flags.disclaim_key_flags()
+
+
+def run(main: Callable[..., dict], flags: absl_flags.FlagValues | None = None) -> None:
+  """Runs a program, and exits.
+
+  Args:
+    main: takes `config` (a schema.Config), `workdir` (a Path), both or neither.
+      Its parameters decide which flags the program has; one with a default is
+      optional on the command line. Returns the result.
+    flags: the program's own flags, defined with `flag_values=flags` so that two programs may use the same name.
+  """
+  sys.exit(_run(main, absl_flags.FlagValues() if flags is None else flags))
+
+
+def _run(main: Callable[..., dict], flags: absl_flags.FlagValues) -> int:
+  parameters = inspect.signature(main).parameters
+  try:
+    command_line.define(flags, set(parameters))
+    if any(arg in ("--help", "-help", "-h", "--helpfull", "--helpshort") for arg in sys.argv[1:]):
+      doc = (sys.modules[main.__module__].__doc__ or "").strip()
+      print(f"{doc}\n{flags.get_help(include_special_flags=False)}")
+      return 0
+    required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    arguments = command_line.parse(sys.argv, flags, required)
+    absl_flags.FLAGS.mark_as_parsed()  # libraries look up flags of their own there
+    _quiet_logs()
+    _set_environment()
+    print(json.dumps(_plain(main(**arguments))), flush=True)
+    return 0
+  except UserError as error:
+    print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
+    return error.exit_code
+  except KeyboardInterrupt:
+    print("error: interrupted", file=sys.stderr)
+    return 130
+
+
+def cache_dir() -> Path:
+  """Returns the folder for what can be made again, such as compiled programs: $MOE_LAB_CACHE or ~/.cache/moe_lab."""
+  return Path(os.environ.get("MOE_LAB_CACHE") or "~/.cache/moe_lab").expanduser()
+
+
+def _set_environment() -> None:
+  """Tells jax to keep compiled programs. jax reads its environment when it is imported, so this comes first."""
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "jax"))
+  # The default of one second would leave out most of what a small model on CPU compiles.
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def _quiet_logs() -> None:
+  """Sends logs to stderr: ours from INFO, the libraries' from WARNING."""
+  logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  for name in ("moe_lab", "experiments", "__main__"):
+    logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _plain(value: object) -> object:
+  """Returns `value` as JSON has it; a number that is not finite, which JSON has not, is null."""
+  if isinstance(value, dict):
+    return {str(key): _plain(item) for key, item in value.items()}
+  if hasattr(value, "tolist"):  # arrays and scalars of numpy and jax
+    return _plain(value.tolist())
+  if isinstance(value, list | tuple):
+    return [_plain(item) for item in value]
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,249 @@
+"""The whole configuration of a run, as frozen dataclasses.
+
+No jax here, and no ConfigDict beyond `resolve.py`: library code receives these
+classes, already checked. Field comments are the reference for users.
+"""
+
+import dataclasses
+
+from moe_lab.errors import ConfigError, did_you_mean
+
+
+def _check_choice(field: str, got: str, choices: tuple[str, ...]) -> None:
+  if got not in choices:
+    raise ConfigError(field, got, f"one of {', '.join(choices)}{did_you_mean(got, choices)}")
+
+
+def _check_range(field: str, got: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
+  # Written so that a NaN fails too.
+  if not ((low < got if open_low else low <= got) and got <= high):
+    above = "more than" if open_low else "at least"
+    raise ConfigError(field, got, f"{above} {low}" + (f" and at most {high}" if high != float("inf") else ""))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Shapes of the decoder. Letters as in `moe_lab/types.py`."""
+
+  dim: int = 128  # D
+  num_layers: int = 4  # Z, dense ones included
+  num_dense_layers: int = 0  # of these, how many (from the bottom) have a dense MLP
+  num_heads: int = 4  # N
+  num_kv_heads: int = 2  # M; must divide num_heads
+  head_dim: int = 32  # H
+  num_experts: int = 16  # E
+  expert_dim: int = 128  # F, hidden width of one expert
+  num_shared_experts: int = 0  # experts of width F that every token takes (DeepSeekMoE, arXiv 2401.06066)
+  dense_dim: int = 512  # hidden width of the dense layers' MLP
+  position: str = "alibi"  # alibi (slopes per KV group) | rotary
+  num_global_groups: int = 1  # with alibi: how many KV groups have slope 0 and see everything
+  rotary_base: float = 10_000.0
+  qk_norm: bool = True  # RMS-normalise queries and keys per head
+  qk_bound: float = 8.0  # S: with qk_norm, |q.k| / sqrt(H) never exceeds this
+  tie_embeddings: bool = True
+  dtype: str = "float32"  # of activations: float32 | bfloat16; parameters stay float32
+  attention_backend: str = "auto"  # auto | reference | blocked
+  attention_block: int = 256  # rows of a block of the blocked back end
+  dispatch: str = "auto"  # auto | dense | capacity | ragged
+  capacity_factor: float = 1.25  # rows per expert over the mean load; capacity dispatch only
+  remat: str = "none"  # none | full: recompute a layer's activations in the backward pass
+
+  def __post_init__(self):
+    for name in (
+      "dim",
+      "num_layers",
+      "num_heads",
+      "num_kv_heads",
+      "head_dim",
+      "num_experts",
+      "expert_dim",
+      "dense_dim",
+      "attention_block",
+    ):
+      _check_range(f"model.{name}", getattr(self, name), 1)
+    _check_range("model.num_dense_layers", self.num_dense_layers, 0, self.num_layers)
+    _check_range("model.num_shared_experts", self.num_shared_experts, 0)
+    if self.num_heads % self.num_kv_heads:
+      raise ConfigError("model.num_kv_heads", self.num_kv_heads, f"a divisor of model.num_heads = {self.num_heads}")
+    _check_choice("model.position", self.position, ("alibi", "rotary"))
+    if self.position == "rotary" and self.head_dim % 2:
+      raise ConfigError("model.head_dim", self.head_dim, "an even number, since model.position is rotary")
+    _check_range("model.num_global_groups", self.num_global_groups, 0, self.num_kv_heads)
+    _check_range("model.rotary_base", self.rotary_base, 1, open_low=True)
+    _check_range("model.qk_bound", self.qk_bound, 0, open_low=True)
+    _check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+    _check_choice("model.attention_backend", self.attention_backend, ("auto", "reference", "blocked"))
+    _check_choice("model.dispatch", self.dispatch, ("auto", "dense", "capacity", "ragged"))
+    _check_range("model.capacity_factor", self.capacity_factor, 0, open_low=True)
+    _check_choice("model.remat", self.remat, ("none", "full"))
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingConfig:
+  """Which experts a token gets, and how many."""
+
+  method: str = "dynamic"  # dynamic (a learned count policy) | topk (always k)
+  k: int = 2  # topk: experts per token
+  k_min: int = 1  # dynamic: the fewest ...
+  k_max: int = 8  # ... and the most experts of a token
+  budget: float = 2.0  # dynamic: mean experts per token and layer
+  budget_mode: str = "exactly"  # exactly | at_most (an upper bound; spends less where experts buy nothing)
+  policy_input: str = "hidden"  # what the count policy reads: hidden | token (the token's embedding only: a control)
+  baseline: str = "leave_one_out"  # leave_one_out (two rollouts) | value (a value head, one rollout)
+  second_rollouts: float = 0.25  # leave_one_out: share of a batch's sequences that is rolled out twice
+  warmup_steps: int = 200  # steps with counts drawn at random before the policy learns
+  policy_weight: float = 0.1  # weight of the policy-gradient loss
+  entropy_floor: float = 0.2  # nats; the policy's mean entropy is kept above it
+  credit_discount: float = 0.5  # share of the next token's loss that is credited one token back
+  lambda_min: float = 0.002  # at_most: the least price of an expert, in nats per expert
+  load_balance_weight: float = 0.01
+  z_loss_weight: float = 0.001
+  bias_update_rate: float = 0.0  # loss-free balancing (arXiv 2408.15664); 0 is off
+  expert_dropout: float = 0.0  # mean share of experts that leave the choice in a training step; the busier the likelier
+
+  def __post_init__(self):
+    _check_choice("routing.method", self.method, ("dynamic", "topk"))
+    _check_range("routing.k", self.k, 1)
+    _check_range("routing.k_min", self.k_min, 1)
+    _check_range("routing.k_max", self.k_max, self.k_min)
+    _check_range("routing.budget", self.budget, self.k_min, self.k_max)
+    _check_choice("routing.budget_mode", self.budget_mode, ("exactly", "at_most"))
+    _check_choice("routing.policy_input", self.policy_input, ("hidden", "token"))
+    _check_choice("routing.baseline", self.baseline, ("leave_one_out", "value"))
+    _check_range("routing.second_rollouts", self.second_rollouts, 0, 1, open_low=self.baseline == "leave_one_out")
+    _check_range("routing.warmup_steps", self.warmup_steps, 0)
+    for name in (
+      "policy_weight",
+      "entropy_floor",
+      "lambda_min",
+      "load_balance_weight",
+      "z_loss_weight",
+      "bias_update_rate",
+    ):
+      _check_range(f"routing.{name}", getattr(self, name), 0)
+    _check_range("routing.credit_discount", self.credit_discount, 0, 0.99)
+    _check_range("routing.expert_dropout", self.expert_dropout, 0, 0.5)
+
+  @property
+  def slots(self) -> int:
+    """K, the expert slots that a token's assignment holds."""
+    return self.k if self.method == "topk" else self.k_max
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What the model reads.
+
+  A source is `stdlib` (the Python standard library's source and docs),
+  `text:PATH`, `jsonl:PATH` (a "text" field a line), `array_record:PATH`, or
+  `synthetic:TASK`. PATH is a file, a folder or a glob. Synthetic tasks do not
+  mix with text.
+  """
+
+  sources: tuple[str, ...] = ("stdlib",)
+  weights: tuple[float, ...] = ()  # mixing weights, one a source; empty: by number of documents
+  vocab_size: int = 2048  # V
+  tokenizer: str = ""  # a sentencepiece .model file; empty: train one on the training split, cached
+  seq_len: int = 256  # L
+  validation_share: float = 0.05  # of the documents, chosen by a hash of their text
+  test_share: float = 0.05
+  seed: int = 0  # of shuffling
+
+  def __post_init__(self):
+    if not self.sources:
+      raise ConfigError("data.sources", self.sources, "at least one source")
+    kinds = ("stdlib", "text", "jsonl", "array_record", "synthetic")
+    for source in self.sources:
+      kind, _, path = source.partition(":")
+      _check_choice("data.sources", kind, kinds)
+      if (kind != "stdlib") != bool(path):
+        raise ConfigError("data.sources", source, "'stdlib', or 'KIND:PATH' with KIND one of " + ", ".join(kinds[1:]))
+    if any(s.startswith("synthetic:") for s in self.sources) and len(self.sources) > 1:
+      raise ConfigError("data.sources", self.sources, "a synthetic task alone: it has its own vocabulary")
+    if self.weights and len(self.weights) != len(self.sources):
+      raise ConfigError("data.weights", self.weights, f"one weight a source ({len(self.sources)}), or none")
+    for weight in self.weights:
+      _check_range("data.weights", weight, 0, open_low=True)
+    _check_range("data.vocab_size", self.vocab_size, 8)
+    _check_range("data.seq_len", self.seq_len, 2)
+    _check_range("data.validation_share", self.validation_share, 0, 0.5, open_low=True)
+    _check_range("data.test_share", self.test_share, 0, 0.5, open_low=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """How long and how fast to learn, and what to keep."""
+
+  steps: int = 1000
+  batch_size: int = 16  # B, sequences per step
+  accumulate: int = 1  # gradients of this many micro-batches are averaged into a step; must divide batch_size
+  learning_rate: float = 2e-3
+  warmup_steps: int = 50
+  decay: str = "cosine"  # cosine | linear | constant
+  final_lr_share: float = 0.1  # of learning_rate, at the end of the decay
+  weight_decay: float = 0.1  # on matrices
+  beta1: float = 0.9
+  beta2: float = 0.95
+  clip_norm: float = 1.0  # of the gradient, globally
+  seed: int = 0  # of parameters, sampled counts and dropout
+  log_every: int = 10
+  eval_every: int = 200
+  eval_batches: int = 8  # of validation, at each evaluation while training
+  checkpoint_every: int = 200
+  keep_checkpoints: int = 2
+  max_skipped: int = 10  # updates in a row with gradients that are not finite before the run stops
+
+  def __post_init__(self):
+    for name in (
+      "steps",
+      "batch_size",
+      "accumulate",
+      "log_every",
+      "eval_every",
+      "eval_batches",
+      "checkpoint_every",
+      "keep_checkpoints",
+      "max_skipped",
+    ):
+      _check_range(f"train.{name}", getattr(self, name), 1)
+    if self.batch_size % self.accumulate:
+      raise ConfigError("train.accumulate", self.accumulate, f"a divisor of train.batch_size = {self.batch_size}")
+    _check_range("train.learning_rate", self.learning_rate, 0, open_low=True)
+    _check_range("train.warmup_steps", self.warmup_steps, 0)
+    _check_choice("train.decay", self.decay, ("cosine", "linear", "constant"))
+    _check_range("train.final_lr_share", self.final_lr_share, 0, 1)
+    _check_range("train.weight_decay", self.weight_decay, 0)
+    _check_range("train.beta1", self.beta1, 0, 0.9999)
+    _check_range("train.beta2", self.beta2, 0, 0.99999)
+    _check_range("train.clip_norm", self.clip_norm, 0, open_low=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A whole run."""
+
+  model: ModelConfig = ModelConfig()
+  routing: RoutingConfig = RoutingConfig()
+  data: DataConfig = DataConfig()
+  train: TrainConfig = TrainConfig()
+
+  def __post_init__(self):
+    slots_field = "routing.k" if self.routing.method == "topk" else "routing.k_max"
+    if self.routing.slots > self.model.num_experts:
+      raise ConfigError(slots_field, self.routing.slots, f"at most model.num_experts = {self.model.num_experts}")
+    if self.routing.expert_dropout > 0:
+      left = int(self.model.num_experts * (1 - self.routing.expert_dropout))
+      if left < self.routing.slots:
+        raise ConfigError(
+          "routing.expert_dropout",
+          self.routing.expert_dropout,
+          f"a share that leaves {slots_field} = {self.routing.slots} of {self.model.num_experts} experts",
+        )
+    if self.routing.method == "dynamic" and self.routing.baseline == "leave_one_out":
+      rows = self.train.batch_size // self.train.accumulate
+      if round(rows * self.routing.second_rollouts) < 1:
+        raise ConfigError(
+          "routing.second_rollouts",
+          self.routing.second_rollouts,
+          f"at least one sequence of the {rows} in a micro-batch (>= {1 / rows:.3g})",
+        )

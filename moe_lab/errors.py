@@ -1,0 +1,38 @@
+"""Errors that are the user's to mend: one line, no traceback.
+
+The programs catch `UserError`, print its message on stderr and leave with its
+`exit_code`. Everything else is a bug and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+  """A mistake outside the program: one line that says what to change."""
+
+  exit_code = 2
+
+
+class ConfigError(UserError):
+  """A configuration field that cannot be used as given.
+
+  Attributes:
+    field: dotted name of the field, as it would be written on the command line.
+  """
+
+  def __init__(self, field: str, got: object, wanted: str):
+    super().__init__(f"config.{field} = {got!r}: wanted {wanted}")
+    self.field = field
+
+
+class RunError(UserError):
+  """The run itself failed (diverged, disk full, ...): exit code 1."""
+
+  exit_code = 1
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+  """Returns " (did you mean 'x'?)" for the nearest of `known`, or ""."""
+  near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+  return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,0 +1,33 @@
+"""Packaging of moe_lab; tool settings are in pyproject.toml, exact versions in requirements.lock."""
+
+from setuptools import find_packages, setup
+
+setup(
+  name="moe_lab",
+  version="0.1.0",
+  description="Mixture-of-experts language models whose router decides how much compute each token gets",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["moe_lab", "moe_lab.*", "experiments", "experiments.*"]),
+  install_requires=[
+    "jax>=0.10,<0.13",
+    "flax>=0.12,<0.13",
+    "optax>=0.2.5,<0.3",
+    "orbax-checkpoint>=0.12,<0.13",
+    "einops>=0.8,<0.9",
+    "sentencepiece>=0.2,<0.3",
+    "absl-py>=2.1,<3",
+    "ml_collections>=1.0,<2",
+    "grain>=0.2.12,<0.3",
+    "array_record>=0.8,<0.9",
+    "numpy>=2.0,<3",
+    "tensorboardX>=2.6,<3",
+    "rich>=13,<16",
+    "matplotlib>=3.9,<4",
+  ],
+  extras_require={
+    "tpu": ["jax[tpu]>=0.10,<0.13"],
+    "gpu": ["jax[cuda13]>=0.10,<0.13"],
+    "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.12,<0.18"],
+  },
+)

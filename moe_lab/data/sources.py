@@ -1,0 +1,90 @@
+"""Where documents come from: `open_source` turns a line of `config.data.sources` into a random-access source.
+
+Finding files is here; reading them is in `formats.py`.
+"""
+
+import glob
+import hashlib
+import os
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+from moe_lab.data.formats import ArrayRecordFiles, DocumentSource, FoundFile, JsonlFiles, TextFiles, readable
+from moe_lab.errors import ConfigError
+
+# Tests and fixtures repeat themselves; installed packages differ from machine to machine.
+_STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+
+
+def open_source(spec: str) -> DocumentSource:
+  """Opens one source and checks every document of it.
+
+  Args:
+    spec: `stdlib`, `text:PATH`, `jsonl:PATH` or `array_record:PATH`; PATH is a file, a folder (read recursively, hidden
+      entries left out) or a glob.
+
+  Raises:
+    ConfigError: names `config.data.sources`; a missing path, nothing to read, bytes that are not UTF-8 (with the
+      offset), a broken JSONL line (with its number), a corrupt ArrayRecord file.
+  """
+  kind, _, path = spec.partition(":")
+  if kind == "stdlib":
+    return TextFiles(spec, _stdlib_files(), license="PSF-2.0")
+  if kind == "text":
+    return TextFiles(spec, _find_files(spec, path))
+  if kind == "jsonl":
+    return JsonlFiles(spec, _find_files(spec, path, (".jsonl",)))
+  if kind == "array_record":
+    # Also sharded names: train.array_record-00000-of-00010.
+    return ArrayRecordFiles(spec, _find_files(spec, path, (".array_record", ".arrayrecord")))
+  raise ConfigError("data.sources", spec, "stdlib, text:PATH, jsonl:PATH or array_record:PATH")
+
+
+def _find_files(spec: str, path: str, markers: tuple[str, ...] = ("",)) -> list[FoundFile]:
+  """Returns the files of a file, folder or glob, by name; in a folder only those whose name contains a marker."""
+  path = os.path.expanduser(path)
+  if os.path.isdir(path):
+    names = _walk(path, lambda name: not name.startswith("."))
+    found = [FoundFile(Path(path, name), name) for name in names if any(m in Path(name).name for m in markers)]
+    if not found:
+      raise ConfigError("data.sources", spec, f"a folder with at least one *{markers[0]} file in it")
+  elif os.path.isfile(path):
+    found = [FoundFile(Path(path), path)]
+  else:
+    found = [FoundFile(Path(p), p) for p in sorted(glob.glob(path, recursive=True)) if os.path.isfile(p)]
+    if not found:
+      wanted = "a glob that matches at least one file" if glob.has_magic(path) else "a file, folder or glob that exists"
+      raise ConfigError("data.sources", spec, wanted)
+  return found
+
+
+def _stdlib_files() -> list[FoundFile]:
+  """Returns the standard library's modules, each text once."""
+  root = sysconfig.get_path("stdlib")
+  found, seen = [], set()
+  for name in _walk(root, lambda n: n not in _STDLIB_LEFT_OUT):
+    # _sysconfigdata_* records how this interpreter was built: paths of one machine.
+    if not name.endswith(".py") or Path(name).name.startswith("_sysconfigdata"):
+      continue
+    data = readable("stdlib", Path(root, name))
+    digest = hashlib.sha256(data).digest()
+    try:
+      data.decode("utf-8")
+    except UnicodeDecodeError:  # a few modules are Latin-1 by their coding line
+      continue
+    if digest not in seen:
+      seen.add(digest)
+      found.append(FoundFile(Path(root, name), name))
+  if not found:
+    raise ConfigError("data.sources", "stdlib", f"an interpreter with its library's source (no .py file in {root!r})")
+  return found
+
+
+def _walk(root: str, keep: Callable[[str], bool]) -> list[str]:
+  """Returns the files under `root`, relative to it, in the same order on every machine; `keep` judges each name."""
+  names = []
+  for folder, subfolders, files in os.walk(root):
+    subfolders[:] = [name for name in subfolders if keep(name)]
+    names += [os.path.join(folder, name) for name in files if keep(name)]
+  return sorted(os.path.relpath(name, root).replace(os.sep, "/") for name in names if os.path.isfile(name))

@@ -1,0 +1,162 @@
+"""Text as training batches: sources, splits and tokenizer put together."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+from grain.experimental import ConcatThenSplitIterDataset
+
+from moe_lab.config.schema import DataConfig
+from moe_lab.data.formats import DocumentSource
+from moe_lab.data.iterator import Loader
+from moe_lab.data.ngram import Pairs
+from moe_lab.data.packing import batches_of_rows, pack_rows
+from moe_lab.data.sources import open_source
+from moe_lab.data.splits import SPLITS, split_documents
+from moe_lab.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from moe_lab.errors import ConfigError
+from moe_lab.types import Batch
+
+CACHED_TOKENS = 256 * 1024 * 1024  # kept in memory by each source and split, two bytes each at V <= 65,536
+_PAIRS_AT_ONCE = 1 << 20
+
+
+class TokenisedDocuments:
+  """The documents of one split of a source as int32 [tokens], begin and end included; tokenised once while they fit."""
+
+  def __init__(self, source: DocumentSource, positions: np.ndarray, tokenizer: Tokenizer):
+    self._source, self._positions, self._tokenizer = source, positions, tokenizer
+    self._dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+    self._cache: dict[int, np.ndarray] = {}
+    self._room = CACHED_TOKENS
+
+  def __len__(self) -> int:
+    return len(self._positions)
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    if index in self._cache:
+      return self._cache[index].astype(np.int32)
+    ids = self._tokenizer.encode(self._source[self._positions[index]].text)
+    ids = np.concatenate([[self._tokenizer.bos_id], ids, [self._tokenizer.eos_id]]).astype(np.int32)
+    if len(ids) <= self._room:
+      self._room -= len(ids)
+      self._cache[index] = ids.astype(self._dtype)
+    return ids
+
+
+class _Texts(Sequence):
+  """The texts of some documents of several sources, read when asked for."""
+
+  def __init__(self, places: list[tuple[DocumentSource, int]]):
+    self._places = places
+
+  def __len__(self) -> int:
+    return len(self._places)
+
+  def __getitem__(self, index):
+    source, position = self._places[index]
+    return source[position].text
+
+
+class TextData:
+  """Documents of one or more sources. The interface is `loader.Data`."""
+
+  def __init__(self, config: DataConfig, cache_dir: str | os.PathLike):
+    self.config = config
+    sources = [open_source(spec) for spec in config.sources]
+    splits = split_documents(
+      [(document.text for document in source) for source in sources], config.validation_share, config.test_share
+    )
+    for source, split in zip(sources, splits, strict=True):
+      if not len(split["train"]):
+        raise ConfigError(
+          "data.sources",
+          source.spec,
+          f"a document to train on (the hash of their text puts all {len(source)} into validation or test)",
+        )
+    if config.tokenizer:
+      self.tokenizer = load_tokenizer(config.tokenizer, config.vocab_size)
+    else:
+      texts = _Texts([(source, i) for source, split in zip(sources, splits, strict=True) for i in split["train"]])
+      self.tokenizer = train_tokenizer(texts, config.vocab_size, cache_dir)
+    self.vocab_size = self.tokenizer.vocab_size
+    self.fingerprint = self.tokenizer.fingerprint
+    self.class_names = self.tokenizer.class_names
+    self.manifest = [
+      {
+        "source": source.spec,
+        "documents": len(source),
+        "splits": {name: len(split[name]) for name in SPLITS},
+        "files": source.manifest(),
+      }
+      for source, split in zip(sources, splits, strict=True)
+    ]
+    self._documents = {
+      name: [
+        TokenisedDocuments(source, split[name], self.tokenizer) for source, split in zip(sources, splits, strict=True)
+      ]
+      for name in SPLITS
+    }
+    self._class_of_token = self.tokenizer.class_of_token()
+    self._packed: dict[str, Batch] = {}
+
+  def train_loader(self, batch_size: int) -> Loader:
+    """See `loader.Data`. Weights are shares of the documents drawn."""
+    parts = [
+      grain.MapDataset.source(documents).seed(self._seed(index)).shuffle().repeat()
+      for index, documents in enumerate(self._documents["train"])
+    ]
+    weights = self.config.weights or [len(documents) for documents in self._documents["train"]]
+    documents = grain.MapDataset.mix(parts, weights) if len(parts) > 1 else parts[0]
+    documents = documents.map(lambda tokens: {"tokens": tokens})
+    # Threads and read-ahead would only get in the way: documents are mostly in memory.
+    documents = documents.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    rows = ConcatThenSplitIterDataset(documents, length_struct={"tokens": self.config.seq_len + 1})
+    return Loader(rows.map(self._row), batch_size, self._identity())
+
+  def eval_batches(self, split: str, batch_size: int, max_batches: int | None = None) -> Iterator[Batch]:
+    """See `loader.Data`. Rows come in a fixed random order, so that the first few batches stand for the split."""
+    if split not in self._packed:
+      documents = (documents[i] for documents in self._documents[split] for i in range(len(documents)))
+      tokens, segments = pack_rows(documents, self.config.seq_len + 1)
+      classes = np.where(segments > 0, self._class_of_token[tokens], 0).astype(np.int32)
+      self._packed[split] = Batch(tokens, segments, classes)
+    rows = self._packed[split]
+    order = np.random.Generator(np.random.Philox(0)).permutation(len(rows.tokens))
+    return batches_of_rows(rows, order, batch_size, max_batches)
+
+  def train_token_pairs(self) -> Iterator[Pairs]:
+    """See `loader.Data`."""
+    held, size = [], 0
+    for documents in self._documents["train"]:
+      for index in range(len(documents)):
+        held.append(documents[index])
+        size += len(held[-1])
+        if size >= _PAIRS_AT_ONCE:
+          yield _join(held)
+          held, size = [], 0
+    if held:
+      yield _join(held)
+
+  def _row(self, packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    tokens = packed["tokens"]
+    return {"tokens": tokens, "segments": packed["tokens_segment_ids"], "classes": self._class_of_token[tokens]}
+
+  def _seed(self, index: int) -> int:
+    # Sources of equal length would otherwise be shuffled alike.
+    return int(np.random.SeedSequence([self.config.seed % 2**64, index]).generate_state(1)[0])
+
+  def _identity(self) -> str:
+    """Returns a digest of everything the stream of rows depends on."""
+    config = dataclasses.asdict(self.config) | {"sources": None, "tokenizer": self.fingerprint}
+    # Content, not paths: a run may move to another machine.
+    files = [[file["sha256"] for file in entry["files"]] for entry in self.manifest]
+    return hashlib.sha256(json.dumps([config, files], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _join(documents: list[np.ndarray]) -> Pairs:
+  return np.concatenate([d[:-1] for d in documents]), np.concatenate([d[1:] for d in documents])

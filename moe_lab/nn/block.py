@@ -1,0 +1,73 @@
+"""One decoder layer, and what it is given besides the hidden states."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+
+from moe_lab.config.schema import ModelConfig, RoutingConfig
+from moe_lab.nn.attention import Attention, KVCache
+from moe_lab.nn.layers import RMSNorm
+from moe_lab.nn.mlp import MLP
+from moe_lab.nn.moe import MoE
+from moe_lab.routing.base import Decisions, RouterContext, RouterState, RouterStats
+
+
+class LayerInputs(NamedTuple):
+  """What differs from layer to layer; scan cuts the leading Z away."""
+
+  state: RouterState | None
+  key: jax.Array | None
+  decisions: Decisions
+  cache: KVCache | None
+
+
+class SharedInputs(NamedTuple):
+  """What every layer sees alike.
+
+  Attributes:
+    segment_BL: int32, document of each token; 0 is padding.
+    offset: int32 [], position of the first token.
+    budget_B: float32, the mean count asked for.
+    embedding_BLD: input embeddings, without gradient.
+  """
+
+  segment_BL: jax.Array
+  offset: jax.Array
+  budget_B: jax.Array
+  embedding_BLD: jax.Array
+
+
+class Block(nn.Module):
+  """Pre-norm attention and MLP or MoE, each added to the residual stream."""
+
+  model: ModelConfig
+  routing: RoutingConfig
+  moe: bool
+
+  @nn.compact
+  def __call__(
+    self, x_BLD, layer: LayerInputs, shared: SharedInputs
+  ) -> tuple[jax.Array, tuple[RouterStats | None, KVCache | None]]:
+    """Returns x_BLD and, for scan to stack, the layer's statistics and cache."""
+    # Residual branches shrink with depth, so that the stream's variance does not grow with it (GPT-2).
+    out_scale = (2 * self.model.num_layers) ** -0.5
+    attended, cache = Attention(self.model, out_scale, name="attention")(
+      RMSNorm(name="attention_norm")(x_BLD), shared.segment_BL, shared.offset, layer.cache
+    )
+    x_BLD = x_BLD + attended
+    normed_BLD = RMSNorm(name="mlp_norm")(x_BLD)
+    if not self.moe:
+      return x_BLD + MLP(self.model.dense_dim, out_scale, name="mlp")(normed_BLD), (None, cache)
+
+    batch, length, dim = x_BLD.shape
+    context = RouterContext(
+      mask_T=(shared.segment_BL != 0).reshape(-1),
+      budget_T=shared.budget_B.repeat(length, total_repeat_length=batch * length),
+      embedding_TD=shared.embedding_BLD.reshape(-1, dim),
+      state=layer.state,
+      key=layer.key,
+      decisions=layer.decisions,
+    )
+    y_TD, stats = MoE(self.model, self.routing, out_scale, name="moe")(normed_BLD.reshape(-1, dim), context)
+    return x_BLD + y_TD.reshape(x_BLD.shape), (stats, cache)

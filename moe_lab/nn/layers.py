@@ -1,0 +1,25 @@
+"""Small layers: RMSNorm, the embedding that is also the head, initialisers."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def scaled_normal(std: float):
+  """Truncated normal with the given standard deviation; zeros for 0."""
+  return nn.initializers.zeros if std == 0 else nn.initializers.truncated_normal(std)
+
+
+def rms_normalise(x: jax.Array) -> jax.Array:
+  """Divides by the root mean square over the last axis, in float32 (arXiv 1910.07467)."""
+  x = x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
+class RMSNorm(nn.Module):
+  """RMSNorm with a gain; the result has the input's type."""
+
+  @nn.compact
+  def __call__(self, x):
+    gain = self.param("gain_D", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+    return (rms_normalise(x) * gain).astype(x.dtype)

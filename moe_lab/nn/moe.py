@@ -1,0 +1,51 @@
+"""The mixture-of-experts layer: router, dispatch, experts, shared experts."""
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from moe_lab.config.schema import ModelConfig, RoutingConfig
+from moe_lab.nn.layers import scaled_normal
+from moe_lab.nn.mlp import MLP
+from moe_lab.ops.grouped_mlp import ExpertWeights
+from moe_lab.routing.base import RouterContext, RouterStats
+from moe_lab.routing.dispatch import dispatch
+from moe_lab.routing.registry import make_router
+
+
+class MoE(nn.Module):
+  """Routes each token to some experts and adds their gated results."""
+
+  model: ModelConfig
+  routing: RoutingConfig
+  out_scale: float
+
+  @nn.compact
+  def __call__(self, x_TD, context: RouterContext) -> tuple[jnp.ndarray, RouterStats]:
+    """Returns y_TD and the layer's statistics."""
+    model, routing = self.model, self.routing
+    num_experts, dim, hidden = model.num_experts, model.dim, model.expert_dim
+    router = make_router(routing)
+    parameters = {
+      name: self.param(name, scaled_normal(std), shape, jnp.float32)
+      for name, (shape, std) in router.parameters(model).items()
+    }
+    assignment, stats = router(parameters, x_TD, context)
+
+    weights = ExpertWeights(
+      gate_EDF=self.param("gate_EDF", scaled_normal(dim**-0.5), (num_experts, dim, hidden), jnp.float32),
+      up_EDF=self.param("up_EDF", scaled_normal(dim**-0.5), (num_experts, dim, hidden), jnp.float32),
+      down_EFD=self.param(
+        "down_EFD", scaled_normal(self.out_scale * hidden**-0.5), (num_experts, hidden, dim), jnp.float32
+      ),
+    )
+    # Capacity drops tokens by their neighbours; at inference (no key) nothing may depend on them.
+    backend = "ragged" if model.dispatch == "capacity" and context.key is None else model.dispatch
+    mean_count = routing.k if routing.method == "topk" else routing.budget
+    capacity = math.ceil(model.capacity_factor * x_TD.shape[0] * mean_count / num_experts)
+    y_TD, dropped = dispatch(x_TD, assignment, weights, backend=backend, capacity=capacity)
+    if model.num_shared_experts:
+      # One MLP of the joint width is the same function as so many experts that every token takes.
+      y_TD += MLP(model.num_shared_experts * hidden, self.out_scale, name="shared")(x_TD)
+    return y_TD, stats._replace(dropped_sum=dropped)

@@ -1,0 +1,97 @@
+"""The decoder: embedding, dense layers, mixture-of-experts layers, head."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_lab.config.schema import Config
+from moe_lab.nn.attention import KVCache
+from moe_lab.nn.block import Block, LayerInputs, SharedInputs
+from moe_lab.nn.layers import RMSNorm, scaled_normal
+from moe_lab.routing.base import Decisions, RouterState, RouterStats
+
+
+class Output(NamedTuple):
+  """What a forward pass returns.
+
+  Attributes:
+    logits_BLV: float32.
+    stats: of the mixture-of-experts layers, leading axis Z; None if there are none.
+    cache: the updated cache, leading axis Z (all layers); None if none was given.
+  """
+
+  logits_BLV: jax.Array
+  stats: RouterStats | None
+  cache: KVCache | None
+
+
+class Transformer(nn.Module):
+  """A decoder-only language model. Pure: everything that varies is an argument."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(
+    self,
+    token_BL: jax.Array,
+    segment_BL: jax.Array,
+    budget_B: jax.Array,
+    router_state: RouterState,
+    *,
+    key: jax.Array | None = None,
+    decisions: Decisions = Decisions(),
+    cache: KVCache | None = None,
+    offset: jax.Array | int = 0,
+  ) -> Output:
+    """Predicts the next token at every position.
+
+    Args:
+      token_BL: int32.
+      segment_BL: int32, documents; attention stays within one; 0 is padding.
+      budget_B: float32, mean experts asked of each sequence.
+      router_state: [Z, ...] over the mixture-of-experts layers.
+      key: randomness of training; None: inference, counts by the greedy rule.
+      decisions: [Z, T...] choices to replay.
+      cache: keys and values of earlier tokens; the new ones go to `offset`.
+      offset: position of the first token.
+    """
+    config = self.config.model
+    embedding_VD = self.param(
+      "embedding_VD", scaled_normal(config.dim**-0.5), (self.config.data.vocab_size, config.dim), jnp.float32
+    )
+    # The embedding is the head too, where variance 1/D is right; as input it wants variance 1.
+    x_BLD = (embedding_VD[token_BL] * config.dim**0.5).astype(config.dtype)
+    shared = SharedInputs(segment_BL, jnp.asarray(offset, jnp.int32), budget_B, jax.lax.stop_gradient(x_BLD))
+
+    num_dense = config.num_dense_layers
+    num_moe = config.num_layers - num_dense
+    stats, new_caches = None, []
+    for name, num_layers, first in (("dense_layers", num_dense, 0), ("moe_layers", num_moe, num_dense)):
+      if num_layers == 0:
+        continue
+      is_moe = name == "moe_layers"
+      layer_cache = None if cache is None else jax.tree.map(lambda c: c[first : first + num_layers], cache)  # noqa: B023
+      keys = None if key is None else jax.random.split(key, num_layers)
+      inputs = (
+        LayerInputs(router_state, keys, decisions, layer_cache)
+        if is_moe
+        else LayerInputs(None, None, Decisions(), layer_cache)
+      )
+      block = nn.remat(Block, prevent_cse=False) if config.remat == "full" else Block
+      layers = nn.scan(
+        block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=num_layers
+      )(config, self.config.routing, is_moe, name=name)
+      x_BLD, (layer_stats, layer_cache) = layers(x_BLD, inputs, shared)
+      stats = layer_stats if is_moe else stats
+      new_caches.append(layer_cache)
+    if cache is not None:
+      cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *new_caches)
+
+    x_BLD = RMSNorm(name="final_norm")(x_BLD)
+    head_VD = embedding_VD
+    if not config.tie_embeddings:
+      head_VD = self.param("head_VD", scaled_normal(config.dim**-0.5), embedding_VD.shape, jnp.float32)
+    logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, head_VD.astype(x_BLD.dtype), preferred_element_type=jnp.float32)
+    return Output(logits_BLV, stats, cache)

@@ -1,0 +1,156 @@
+"""Attention in blocks with an online softmax: memory linear in length.
+
+FlashAttention's recurrence (arXiv 2205.14135) in plain XLA: the forward pass
+keeps the output and the log of each row's softmax denominator; the backward
+pass recomputes the weights block by block. Blocks of keys after a block of
+queries are never visited. A custom derivative is needed for that: a loop whose
+length depends on the block has no reverse derivative of its own.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+MASKED = -1e30
+
+
+def _pad_length(x, multiple: int, axis: int, value=0):
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, -x.shape[axis] % multiple)
+  return jnp.pad(x, widths, constant_values=value)
+
+
+def _cut(x, index, block: int, axis: int):
+  return jax.lax.dynamic_slice_in_dim(x, index * block, block, axis)
+
+
+def _add_at(x, update, index, block: int, axis: int):
+  return jax.lax.dynamic_update_slice_in_dim(x, _cut(x, index, block, axis) + update, index * block, axis)
+
+
+def _block_logits(q, k, slope_M, segment_q, segment_k, first_q, first_k, block):
+  """Masked fp32 logits [B, M, G, block, block] of one block of queries and one of keys."""
+  logits = jnp.einsum("BMGLH,BMSH->BMGLS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+  distance = (first_q + jnp.arange(block))[:, None] - (first_k + jnp.arange(block))[None, :]
+  logits -= slope_M[:, None, None, None] * distance.astype(jnp.float32)
+  seen = (distance >= 0) & (segment_q[:, :, None] == segment_k[:, None, :])
+  return jnp.where(seen[:, None, None], logits, MASKED)
+
+
+def _last_block(offset, index_q, block: int, num_key_blocks: int):
+  """How many blocks of keys the queries of block `index_q` can see."""
+  return jnp.minimum((offset + (index_q + 1) * block - 1) // block + 1, num_key_blocks)
+
+
+def _forward(q, k, v, slope_M, segment_q, segment_k, offset, block):
+  """q: [B, M, G, L, H]; k, v: [B, M, S, H]; lengths are multiples of `block`. Returns out and log-denominators."""
+  num_key_blocks = k.shape[2] // block
+
+  def one_query_block(index_q):
+    q_block, segment_q_block = _cut(q, index_q, block, 3), _cut(segment_q, index_q, block, 1)
+
+    def visit(index_k, carry):
+      out, denominator, highest = carry
+      logits = _block_logits(
+        q_block,
+        _cut(k, index_k, block, 2),
+        slope_M,
+        segment_q_block,
+        _cut(segment_k, index_k, block, 1),
+        offset + index_q * block,
+        index_k * block,
+        block,
+      )
+      new_highest = jnp.maximum(highest, logits.max(-1))
+      weights = jnp.exp(logits - new_highest[..., None])
+      scale = jnp.exp(highest - new_highest)
+      values = jnp.einsum(
+        "BMGLS,BMSH->BMGLH", weights.astype(v.dtype), _cut(v, index_k, block, 2), preferred_element_type=jnp.float32
+      )
+      return out * scale[..., None] + values, denominator * scale + weights.sum(-1), new_highest
+
+    rows = q_block.shape[:-1]
+    start = (jnp.zeros(q_block.shape, jnp.float32), jnp.zeros(rows), jnp.full(rows, MASKED))
+    out, denominator, highest = jax.lax.fori_loop(0, _last_block(offset, index_q, block, num_key_blocks), visit, start)
+    # Only padding has an empty row; it must not divide by zero.
+    denominator = jnp.maximum(denominator, 1e-30)
+    return (out / denominator[..., None]).astype(q.dtype), highest + jnp.log(denominator)
+
+  out, log_denominator = jax.lax.map(one_query_block, jnp.arange(q.shape[3] // block))
+  return rearrange(out, "i B M G L H -> B M G (i L) H"), rearrange(log_denominator, "i B M G L -> B M G (i L)")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _attend(q, k, v, slope_M, segment_q, segment_k, offset, block):
+  return _forward(q, k, v, slope_M, segment_q, segment_k, offset, block)[0]
+
+
+def _attend_forward(q, k, v, slope_M, segment_q, segment_k, offset, block):
+  out, log_denominator = _forward(q, k, v, slope_M, segment_q, segment_k, offset, block)
+  return out, (q, k, v, slope_M, segment_q, segment_k, offset, out, log_denominator)
+
+
+def _attend_backward(block, saved, d_out):
+  q, k, v, slope_M, segment_q, segment_k, offset, out, log_denominator = saved
+  num_key_blocks = k.shape[2] // block
+  scale = q.shape[-1] ** -0.5
+  # Row sums of d_weights * weights: the softmax's own correction (FlashAttention, section 3.1).
+  correction = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+
+  def one_query_block(d_keys_values, index_q):
+    q_block, d_out_block = _cut(q, index_q, block, 3), _cut(d_out, index_q, block, 3)
+    segment_q_block = _cut(segment_q, index_q, block, 1)
+    log_denominator_block, correction_block = (
+      _cut(log_denominator, index_q, block, 3),
+      _cut(correction, index_q, block, 3),
+    )
+
+    def visit(index_k, carry):
+      d_q, d_k, d_v = carry
+      k_block, v_block = _cut(k, index_k, block, 2), _cut(v, index_k, block, 2)
+      logits = _block_logits(
+        q_block,
+        k_block,
+        slope_M,
+        segment_q_block,
+        _cut(segment_k, index_k, block, 1),
+        offset + index_q * block,
+        index_k * block,
+        block,
+      )
+      weights = jnp.exp(logits - log_denominator_block[..., None])
+      d_weights = jnp.einsum("BMGLH,BMSH->BMGLS", d_out_block, v_block, preferred_element_type=jnp.float32)
+      d_logits = (weights * (d_weights - correction_block[..., None]) * scale).astype(q.dtype)
+      d_q += jnp.einsum("BMGLS,BMSH->BMGLH", d_logits, k_block, preferred_element_type=jnp.float32)
+      d_k_block = jnp.einsum("BMGLS,BMGLH->BMSH", d_logits, q_block, preferred_element_type=jnp.float32)
+      d_v_block = jnp.einsum(
+        "BMGLS,BMGLH->BMSH", weights.astype(q.dtype), d_out_block, preferred_element_type=jnp.float32
+      )
+      return d_q, _add_at(d_k, d_k_block, index_k, block, 2), _add_at(d_v, d_v_block, index_k, block, 2)
+
+    start = (jnp.zeros(q_block.shape, jnp.float32), *d_keys_values)
+    d_q, d_k, d_v = jax.lax.fori_loop(0, _last_block(offset, index_q, block, num_key_blocks), visit, start)
+    return (d_k, d_v), d_q
+
+  start = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+  (d_k, d_v), d_q = jax.lax.scan(one_query_block, start, jnp.arange(q.shape[3] // block))
+  d_q = rearrange(d_q, "i B M G L H -> B M G (i L) H")
+  # Slopes are constants, segments and offset integers: no gradient.
+  return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), jnp.zeros_like(slope_M), None, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def blocked_attention(q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS, offset, block: int):
+  """As `attention.attention`; no array is larger than inputs, outputs and [B, N, block, block]."""
+  length = q_BLNH.shape[1]
+  q = _pad_length(rearrange(q_BLNH, "B L (M G) H -> B M G L H", M=k_BSMH.shape[2]), block, 3)
+  k = _pad_length(rearrange(k_BSMH, "B S M H -> B M S H"), block, 2)
+  v = _pad_length(rearrange(v_BSMH, "B S M H -> B M S H"), block, 2)
+  # Padding keys stand after every query (offset + L <= S), so causality hides them.
+  segment_q, segment_k = _pad_length(segment_BL, block, 1, -1), _pad_length(segment_BS, block, 1, -2)
+  out = _attend(q, k, v, slope_M, segment_q, segment_k, offset, block)
+  return rearrange(out[:, :, :, :length], "B M G L H -> B L (M G) H")

@@ -1,0 +1,158 @@
+"""What a router takes and returns.
+
+A router is a pure function of its parameters, the hidden states and a context.
+It returns an `Assignment`, which says where the tokens go, and `RouterStats`,
+from which every auxiliary loss, controller and report is computed. Statistics
+are returned, never sown, so none can be lost on the way.
+"""
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from moe_lab.config.schema import ModelConfig
+
+
+class Assignment(NamedTuple):
+  """Up to K experts per token; `valid_TK` keeps shapes static under a dynamic count.
+
+  Attributes:
+    expert_TK: int32, best expert first.
+    gate_TK: float32, 0 in slots that are not valid; over all K slots the gates would sum to one.
+    valid_TK: bool; a token's valid slots come first. Padding has none.
+  """
+
+  expert_TK: jax.Array
+  gate_TK: jax.Array
+  valid_TK: jax.Array
+
+
+class PolicyTerms(NamedTuple):
+  """What a count policy leaves for its learner, per token.
+
+  Attributes:
+    log_prob_T: float32, of the count that was taken.
+    expected_count_T: float32, mean of the policy, in experts.
+    entropy_T: float32, of the policy, in nats.
+    greedy_count_T: float32, what the inference rule would have taken.
+    value_T: float32, the value head's prediction of the credited loss in nats; None without one.
+  """
+
+  log_prob_T: jax.Array
+  expected_count_T: jax.Array
+  entropy_T: jax.Array
+  greedy_count_T: jax.Array
+  value_T: jax.Array | None
+
+
+class RouterStats(NamedTuple):
+  """Sums over the real (unpadded) tokens of one layer, float32; scan stacks them to [Z, ...].
+
+  Attributes:
+    token_count: [], tokens summed over.
+    assigned_E: [E], rows sent to each expert.
+    prob_sum_E: [E], router probabilities.
+    z_sum: [], squared log-normaliser of the router logits.
+    entropy_sum: [], entropy of the router probabilities, in nats.
+    count_histogram_K1: [K + 1], tokens by number of experts.
+    dropped_sum: [], rows lost for want of capacity.
+    count_T: int32 [T], experts of each token.
+    policy: terms of a learned count policy; None for a router without one.
+  """
+
+  token_count: jax.Array
+  assigned_E: jax.Array
+  prob_sum_E: jax.Array
+  z_sum: jax.Array
+  entropy_sum: jax.Array
+  count_histogram_K1: jax.Array
+  dropped_sum: jax.Array
+  count_T: jax.Array
+  policy: PolicyTerms | None
+
+
+class RouterState(NamedTuple):
+  """What routing carries from step to step besides parameters; [Z, ...] outside the scan.
+
+  Attributes:
+    bias_E: added to the router logits for the choice of experts only (loss-free balancing).
+    load_E: running share of the rows that each expert gets, times E: 1 is the fair share.
+    count_shift: [], the greedy rule's calibration, in experts (see `count_policy.greedy_count`).
+  """
+
+  bias_E: jax.Array
+  load_E: jax.Array
+  count_shift: jax.Array
+
+
+class Decisions(NamedTuple):
+  """Choices to replay instead of making them; None leaves that choice to the router."""
+
+  count_T: jax.Array | None = None
+  expert_TK: jax.Array | None = None
+
+
+class RouterContext(NamedTuple):
+  """Everything a router reads besides its parameters and the hidden state.
+
+  Attributes:
+    mask_T: bool, False for padding.
+    budget_T: float32, the mean count that is asked for.
+    embedding_TD: the tokens' input embeddings, without gradient.
+    state: this layer's `RouterState`.
+    key: randomness of training (sampled counts, dropout); None: inference.
+    decisions: choices to replay.
+  """
+
+  mask_T: jax.Array
+  budget_T: jax.Array
+  embedding_TD: jax.Array
+  state: RouterState
+  key: jax.Array | None
+  decisions: Decisions
+
+
+class Router(Protocol):
+  """A routing method: its parameters and its function."""
+
+  def parameters(self, model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]:
+    """Names the parameters of one layer: shape and standard deviation at the start (0: zeros)."""
+
+  def __call__(
+    self, parameters: dict[str, jax.Array], x_TD: jax.Array, context: RouterContext
+  ) -> tuple[Assignment, RouterStats]:
+    """Routes the tokens of one layer."""
+
+
+def initial_router_state(num_layers: int, num_experts: int) -> RouterState:
+  """Returns the [Z, ...] state of an untrained model."""
+  return RouterState(
+    bias_E=jnp.zeros((num_layers, num_experts)),
+    load_E=jnp.ones((num_layers, num_experts)),
+    count_shift=jnp.zeros(num_layers),
+  )
+
+
+def collect_stats(
+  logits_TE: jax.Array, assignment: Assignment, mask_T: jax.Array, policy: PolicyTerms | None
+) -> RouterStats:
+  """Sums a layer's statistics over the tokens of `mask_T`."""
+  num_experts, slots = logits_TE.shape[1], assignment.expert_TK.shape[1]
+  mask_T = mask_T.astype(jnp.float32)
+  log_normaliser_T = jax.nn.logsumexp(logits_TE, axis=-1)
+  log_prob_TE = logits_TE - log_normaliser_T[:, None]
+  prob_TE = jnp.exp(log_prob_TE)
+  count_T = assignment.valid_TK.sum(-1)
+  taken_TKE = jax.nn.one_hot(assignment.expert_TK, num_experts) * assignment.valid_TK[..., None]
+  return RouterStats(
+    token_count=mask_T.sum(),
+    assigned_E=taken_TKE.sum((0, 1)),
+    prob_sum_E=mask_T @ prob_TE,
+    z_sum=mask_T @ jnp.square(log_normaliser_T),
+    entropy_sum=-mask_T @ (prob_TE * log_prob_TE).sum(-1),
+    count_histogram_K1=mask_T @ jax.nn.one_hot(count_T, slots + 1),
+    dropped_sum=jnp.zeros(()),
+    count_T=count_T,
+    policy=policy,
+  )

@@ -1,0 +1,74 @@
+"""Dynamic routing: a policy decides token by token how many experts to spend.
+
+The policy reads the hidden state without gradient into the trunk and is
+trained by `policy_gradient.py`; which experts serve is fixed top-k's choice.
+The nearest published relative is Ada-K (arXiv 2410.10456), which trains such
+an allocator by PPO on a frozen model.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_lab.config.schema import ModelConfig, RoutingConfig
+from moe_lab.routing.base import Assignment, PolicyTerms, RouterContext, RouterStats, collect_stats
+from moe_lab.routing.count_policy import budget_log_prior, expected_count, greedy_count
+from moe_lab.routing.selection import assign, rank_experts, router_logits
+
+POLICY_WIDTH = 32  # hidden units of the policy and of the value head
+
+
+def _head(parameters, name: str, features_TD):
+  hidden = jax.nn.silu(features_TD @ parameters[f"{name}_in"] + parameters[f"{name}_bias"])
+  return hidden @ parameters[f"{name}_out"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dynamic:
+  """The `dynamic` method: k_min..k_max experts per token, `budget` on average."""
+
+  config: RoutingConfig
+
+  def parameters(self, model: ModelConfig):
+    features = model.dim + 1  # the hidden state and the budget
+    shapes = {"router_DE": ((model.dim, model.num_experts), model.dim**-0.5)}
+    heads = {"policy": self.config.k_max - self.config.k_min + 1}
+    if self.config.baseline == "value":
+      heads["value"] = 1
+    for name, width in heads.items():
+      shapes[f"{name}_in"] = ((features, POLICY_WIDTH), features**-0.5)
+      shapes[f"{name}_bias"] = ((POLICY_WIDTH,), 0.0)
+      shapes[f"{name}_out"] = ((POLICY_WIDTH, width), 0.0)
+    return shapes
+
+  def __call__(self, parameters, x_TD: jax.Array, context: RouterContext) -> tuple[Assignment, RouterStats]:
+    k_min, k_max = self.config.k_min, self.config.k_max
+    logits_TE = router_logits(x_TD, parameters["router_DE"])
+    expert_TK = rank_experts(logits_TE, k_max, self.config.expert_dropout, context)
+
+    seen_TD = x_TD if self.config.policy_input == "hidden" else context.embedding_TD
+    features = jnp.concatenate(
+      [jax.lax.stop_gradient(seen_TD).astype(jnp.float32), context.budget_T[:, None] / k_max], axis=1
+    )
+    log_prob_TA = jax.nn.log_softmax(
+      _head(parameters, "policy", features) + budget_log_prior(context.budget_T, k_min, k_max), axis=-1
+    )
+    expected_T = expected_count(log_prob_TA, k_min)
+    greedy_T = greedy_count(expected_T, context.state.count_shift, k_min, k_max)
+    if context.decisions.count_T is not None:
+      count_T = context.decisions.count_T
+    elif context.key is not None:
+      count_T = k_min + jax.random.categorical(jax.random.fold_in(context.key, 0), log_prob_TA)
+    else:
+      count_T = greedy_T
+
+    policy = PolicyTerms(
+      log_prob_T=jnp.take_along_axis(log_prob_TA, jnp.clip(count_T - k_min, 0, k_max - k_min)[:, None], axis=1)[:, 0],
+      expected_count_T=expected_T,
+      entropy_T=-(jnp.exp(log_prob_TA) * log_prob_TA).sum(-1),
+      greedy_count_T=greedy_T.astype(jnp.float32),
+      value_T=_head(parameters, "value", features)[:, 0] if self.config.baseline == "value" else None,
+    )
+    assignment = assign(logits_TE, expert_TK, count_T, context.mask_T)
+    return assignment, collect_stats(logits_TE, assignment, context.mask_T, policy)

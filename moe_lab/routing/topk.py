@@ -1,0 +1,33 @@
+"""Fixed top-k routing: every token gets its k best experts.
+
+k = 1 is Switch (arXiv 2101.03961) with a gate of one; k = 2 with the softmax
+over the chosen is Mixtral (arXiv 2401.04088).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_lab.config.schema import ModelConfig, RoutingConfig
+from moe_lab.routing.base import Assignment, RouterContext, RouterStats, collect_stats
+from moe_lab.routing.selection import assign, rank_experts, router_logits
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+  """The `topk` method; `config.k` experts per token."""
+
+  config: RoutingConfig
+
+  def parameters(self, model: ModelConfig):
+    return {"router_DE": ((model.dim, model.num_experts), model.dim**-0.5)}
+
+  def __call__(self, parameters, x_TD: jax.Array, context: RouterContext) -> tuple[Assignment, RouterStats]:
+    logits_TE = router_logits(x_TD, parameters["router_DE"])
+    expert_TK = rank_experts(logits_TE, self.config.k, self.config.expert_dropout, context)
+    count_T = jnp.full(x_TD.shape[0], self.config.k)
+    if context.decisions.count_T is not None:
+      count_T = context.decisions.count_T
+    assignment = assign(logits_TE, expert_TK, count_T, context.mask_T)
+    return assignment, collect_stats(logits_TE, assignment, context.mask_T, policy=None)

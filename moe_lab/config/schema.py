@@ -40,10 +40,10 @@ class ModelConfig:
   rotary_base: float = 10_000.0
   qk_norm: bool = True  # RMS-normalise queries and keys per head
   qk_bound: float = 8.0  # S: with qk_norm, |q.k| / sqrt(H) never exceeds this
-  tie_embeddings: bool = True
+  tie_embeddings: bool = False
   dtype: str = "float32"  # of activations: float32 | bfloat16; parameters stay float32
   attention_backend: str = "auto"  # auto | reference | blocked
-  attention_block: int = 256  # rows of a block of the blocked back end
+  attention_block: int = 64  # rows of a block of the blocked back end
   dispatch: str = "auto"  # auto | dense | capacity | ragged
   capacity_factor: float = 1.25  # rows per expert over the mean load; capacity dispatch only
   remat: str = "none"  # none | full: recompute a layer's activations in the backward pass
@@ -92,8 +92,7 @@ class RoutingConfig:
   baseline: str = "leave_one_out"  # leave_one_out (two rollouts) | value (a value head, one rollout)
   second_rollouts: float = 0.25  # leave_one_out: share of a batch's sequences that is rolled out twice
   warmup_steps: int = 200  # steps with counts drawn at random before the policy learns
-  policy_weight: float = 0.1  # weight of the policy-gradient loss
-  entropy_floor: float = 0.2  # nats; the policy's mean entropy is kept above it
+  entropy_floor: float = 0.6  # share of the untrained policy's entropy that the policy's mean entropy is kept above
   credit_discount: float = 0.5  # share of the next token's loss that is credited one token back
   lambda_min: float = 0.002  # at_most: the least price of an expert, in nats per expert
   load_balance_weight: float = 0.01
@@ -113,7 +112,6 @@ class RoutingConfig:
     _check_range("routing.second_rollouts", self.second_rollouts, 0, 1, open_low=self.baseline == "leave_one_out")
     _check_range("routing.warmup_steps", self.warmup_steps, 0)
     for name in (
-      "policy_weight",
       "entropy_floor",
       "lambda_min",
       "load_balance_weight",
@@ -121,6 +119,7 @@ class RoutingConfig:
       "bias_update_rate",
     ):
       _check_range(f"routing.{name}", getattr(self, name), 0)
+    _check_range("routing.entropy_floor", self.entropy_floor, 0, 0.95)
     _check_range("routing.credit_discount", self.credit_discount, 0, 0.99)
     _check_range("routing.expert_dropout", self.expert_dropout, 0, 0.5)
 

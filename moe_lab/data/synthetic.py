@@ -30,7 +30,7 @@ from moe_lab.data.splits import SPLITS
 from moe_lab.errors import ConfigError, did_you_mean
 from moe_lab.types import Batch
 
-ALPHABET = 48
+ALPHABET = 24
 SHARES = {"easy": 0.4, "hard": 0.2, "noise": 0.4}  # of the tokens that are not "marker"
 MIN_SEGMENT, MAX_SEGMENT = 8, 16  # tokens after the marker
 TABLE_SEED = 20_240_601  # the task is the same whatever the run's seed

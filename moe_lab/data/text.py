@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
-from grain.experimental import ConcatThenSplitIterDataset
+from grain.experimental import ConcatThenSplitIterDataset, WindowShuffleIterDataset
 
 from moe_lab.config.schema import DataConfig
 from moe_lab.data.formats import DocumentSource
@@ -22,6 +22,7 @@ from moe_lab.errors import ConfigError
 from moe_lab.types import Batch
 
 CACHED_TOKENS = 256 * 1024 * 1024  # kept in memory by each source and split, two bytes each at V <= 65,536
+_SHUFFLED_TOKENS = 2**18  # rows are shuffled in windows of so many tokens
 _PAIRS_AT_ONCE = 1 << 20
 
 
@@ -116,6 +117,9 @@ class TextData:
     # Threads and read-ahead would only get in the way: documents are mostly in memory.
     documents = documents.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     rows = ConcatThenSplitIterDataset(documents, length_struct={"tokens": self.config.seq_len + 1})
+    # A document fills many rows; unmixed, a batch would be all but one document, and its gradient so much noise.
+    window = max(1, _SHUFFLED_TOKENS // self.config.seq_len)
+    rows = WindowShuffleIterDataset(rows, window_size=window, seed=self.config.seed)
     return Loader(rows.map(self._row), batch_size, self._identity())
 
   def eval_batches(self, split: str, batch_size: int, max_batches: int | None = None) -> Iterator[Batch]:

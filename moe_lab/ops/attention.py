@@ -36,7 +36,7 @@ def attention(
   *,
   offset: jax.Array | int = 0,
   backend: str = "auto",
-  block: int = 256,
+  block: int = 64,
 ) -> jax.Array:
   """softmax(q.k / sqrt(H) - slope * distance) over earlier keys of the same document.
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_lab.ops.grouped_mlp import ExpertWeights, grouped_mlp, swiglu
+from moe_lab.ops.tiled_experts import tiled_experts
 from moe_lab.routing.base import Assignment
 
 
@@ -93,7 +94,7 @@ def _capacity(x_TD, assignment: Assignment, weights: ExpertWeights, capacity: in
   return _to_tokens(y_RD, layout), (assignment.valid_TK.sum() - kept_TK.sum()).astype(jnp.float32)
 
 
-def _ragged(x_TD, assignment: Assignment, weights: ExpertWeights, tile: int):
+def _ragged(x_TD, assignment: Assignment, weights: ExpertWeights, tile: int, experts: str):
   num_experts = weights.gate_EDF.shape[0]
   rank_TK, rows_E = _rank_in_expert(assignment, num_experts)
   group_sizes_E = -(-rows_E // tile) * tile
@@ -101,9 +102,17 @@ def _ragged(x_TD, assignment: Assignment, weights: ExpertWeights, tile: int):
   slots_in_use = assignment.expert_TK.size
   num_rows = (math.ceil(slots_in_use / tile) + min(num_experts, slots_in_use)) * tile
   layout = _lay_out(assignment, rank_TK, assignment.valid_TK, jnp.cumsum(group_sizes_E) - group_sizes_E, num_rows)
-  y_RD = grouped_mlp(_to_rows(x_TD, layout), weights, group_sizes_E, tile=tile)
-  y_RD *= _gate_of_row(assignment.gate_TK, layout)[:, None].astype(x_TD.dtype)
-  return _to_tokens(y_RD, layout), jnp.zeros(())
+  gate_R = _gate_of_row(assignment.gate_TK, layout)
+  if experts == "auto":
+    experts = "tiles" if jax.default_backend() == "cpu" else "ragged_dot"
+  if experts == "tiles":
+    y_TD = tiled_experts(x_TD, weights, gate_R, layout.token_R, layout.row_TK, group_sizes_E, tile)
+  else:
+    y_RD = grouped_mlp(_to_rows(x_TD, layout), weights, group_sizes_E, backend=experts)
+    # Rows beyond the groups are undefined: select, since nothing times NaN is still NaN.
+    in_use_R1 = layout.token_R[:, None] < x_TD.shape[0]
+    y_TD = _to_tokens(jnp.where(in_use_R1, y_RD * gate_R[:, None].astype(x_TD.dtype), 0), layout)
+  return y_TD, jnp.zeros(())
 
 
 def dispatch(
@@ -114,6 +123,7 @@ def dispatch(
   backend: str = "auto",
   capacity: int | None = None,
   tile: int | None = None,
+  experts: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
   """Runs each token through its experts and sums the gated results.
 
@@ -123,7 +133,9 @@ def dispatch(
     weights: of all experts; cast to the hidden states' type.
     backend: dense | capacity | ragged | auto (ragged).
     capacity: C, rows per expert; `capacity` only. Later tokens are dropped first.
-    tile: rows per tile; `ragged` only. By default 8 to 256, by the number of rows per expert.
+    tile: rows per tile; `ragged` only. By default `default_tile`.
+
+    experts: what computes the rows of `ragged`: tiles (CPU) | ragged_dot (GPU, TPU) | reference | auto.
 
   Returns:
     y_TD in the hidden states' type, and the number of dropped rows (float32 []).
@@ -134,15 +146,14 @@ def dispatch(
   if backend == "capacity":
     return _capacity(x_TD, assignment, weights, capacity)
   if backend in ("auto", "ragged"):
-    return _ragged(
-      x_TD, assignment, weights, tile or default_tile(assignment.expert_TK.shape[0], weights.gate_EDF.shape[0])
-    )
+    tile = tile or default_tile(x_TD.shape[0], weights.gate_EDF.shape[0])
+    return _ragged(x_TD, assignment, weights, tile, experts)
   raise ValueError(f"dispatch {backend!r}: wanted auto, dense, capacity or ragged")
 
 
 def default_tile(num_tokens: int, num_experts: int) -> int:
-  """A power of two in 8..256, about the rows of an expert when tokens take one or two.
+  """A power of two in 8..128, about half an even share of the tokens.
 
   Larger tiles run nearer to the peak; half-empty ones waste what they gain.
   """
-  return int(min(256, max(8, 2 ** math.floor(math.log2(max(1, num_tokens / num_experts))))))
+  return int(min(128, max(8, 2 ** math.floor(math.log2(max(1, num_tokens / num_experts / 2))))))

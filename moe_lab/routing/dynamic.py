@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from moe_lab.config.schema import ModelConfig, RoutingConfig
 from moe_lab.routing.base import Assignment, PolicyTerms, RouterContext, RouterStats, collect_stats
-from moe_lab.routing.count_policy import budget_log_prior, expected_count, greedy_count
+from moe_lab.routing.count_policy import budget_log_prior, entropy, expected_count, greedy_count
 from moe_lab.routing.selection import assign, rank_experts, router_logits
 
 POLICY_WIDTH = 32  # hidden units of the policy and of the value head
@@ -66,7 +66,7 @@ class Dynamic:
     policy = PolicyTerms(
       log_prob_T=jnp.take_along_axis(log_prob_TA, jnp.clip(count_T - k_min, 0, k_max - k_min)[:, None], axis=1)[:, 0],
       expected_count_T=expected_T,
-      entropy_T=-(jnp.exp(log_prob_TA) * log_prob_TA).sum(-1),
+      entropy_T=entropy(log_prob_TA),
       greedy_count_T=greedy_T.astype(jnp.float32),
       value_T=_head(parameters, "value", features)[:, 0] if self.config.baseline == "value" else None,
     )

@@ -1,0 +1,230 @@
+"""Checkpoints: a whole training state and its JSON side, kept by Orbax.
+
+Orbax alone casts silently when a dtype has changed, takes an empty directory
+for the newest step, and tells nobody when a save in the background fails. The
+differences are made up here.
+"""
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from moe_lab.errors import RunError, UserError
+from moe_lab.io.files import jsonable
+
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a step's directory until it is whole
+
+
+def saved_steps(workdir: Path) -> list[int]:
+  """Returns the steps with a checkpoint under `workdir`, ascending.
+
+  Read from the disk each time: Orbax's own list also holds steps whose save
+  has failed or is not finished. A step's directory gets its name when whole.
+  """
+  return sorted(int(path.name) for path in _step_folders(workdir) if any(path.iterdir()))
+
+
+class Checkpointer:
+  """Saves and restores the states of one run.
+
+  Saves run in the background; `wait` (or the next `save`, or `close`) reports
+  the failure. A writer clears what killed saves left behind, so there must be
+  only one: hold the run's lock. A reader (`keep=None`) changes nothing and may
+  look on while a run trains.
+  """
+
+  def __init__(self, workdir: Path, keep: int | None):
+    """Opens `workdir/checkpoints`.
+
+    Args:
+      workdir: the run's directory.
+      keep: how many of the newest checkpoints to keep; None opens for reading only.
+    """
+    self._workdir = Path(workdir).absolute()
+    self._folder = self._workdir / "checkpoints"
+    self._keep = keep
+    self._mine: set[int] = set()  # steps saved or restored here: on disk exactly as this process has them
+    self._pending: int | None = None  # the step that is being saved
+    for path in _step_folders(self._workdir):
+      if not any(path.iterdir()):
+        logging.warning("ignoring %s: an empty checkpoint", path)
+        if keep is not None:
+          path.rmdir()  # Orbax would count it as a step
+    if keep is None:
+      options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+    else:
+      try:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.glob(f"*{_TEMPORARY}*"):
+          shutil.rmtree(path)
+      except OSError as err:
+        raise UserError(f"{self._folder} cannot be written: {err.strerror or err}") from err
+      # Where a directory cannot be made, Orbax's threads wait five minutes for one made in the background.
+      in_front = ocp.AsyncOptions(create_directories_asynchronously=False)
+      options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=in_front)
+    self._manager = ocp.CheckpointManager(self._folder, options=options) if self._folder.is_dir() else None
+
+  def save(self, step: int, state: object, meta: dict) -> None:
+    """Starts saving `state` as `step`; returns once the arrays are copied, so they may be donated.
+
+    A step that this process has saved or restored is not written again; one
+    left by an abandoned continuation is replaced.
+
+    Args:
+      step: number of finished steps.
+      state: pytree of arrays.
+      meta: JSON that belongs to it (position of the data, fingerprint, ...).
+
+    Raises:
+      RunError: this save, or the one before it, failed.
+    """
+    assert self._keep is not None, "opened for reading"
+    self.wait()  # so that an error is of this step
+    if step in self._mine:
+      return
+    items = ocp.args.Composite(
+      state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"meta": jsonable(meta), "leaves": _leaves(state)})
+    )
+    self._pending = step
+    try:
+      if step in self.steps():
+        self._manager.delete(step)
+      # Forced, for Orbax skips without a word a step that is not above its newest.
+      self._manager.save(step, args=items, force=True)
+    except Exception as err:  # whatever the storage raises
+      raise self._failure(err) from err
+
+  def restore(self, abstract_state: object, step: int | None = None) -> tuple[object, dict, int]:
+    """Reads a checkpoint.
+
+    Args:
+      abstract_state: pytree like the saved one, of arrays or `jax.ShapeDtypeStruct`;
+        a leaf's sharding, when given, is where it goes.
+      step: which; None for the newest.
+
+    Returns:
+      (state, meta, step): the saved arrays bit for bit.
+
+    Raises:
+      UserError: there is no such checkpoint, it is damaged, or it does not fit `abstract_state`.
+    """
+    self.wait()
+    steps = self.steps()
+    if not steps:
+      raise UserError(f"no checkpoint under {self._folder}: train it first")
+    if step is None:
+      step = steps[-1]
+    if step not in steps:
+      raise UserError(f"no checkpoint of step {step} under {self._folder}: it has {', '.join(map(str, steps))}")
+    if self._keep is None:
+      self._manager.reload()  # the run may have gone on since
+    side = self._read(step, meta=ocp.args.JsonRestore()).meta
+    if not isinstance(side, dict) or not {"meta", "leaves"} <= side.keys():
+      raise self._damaged(step, "its meta item is not one of this program's")
+    self._check_fit(step, side["leaves"], _leaves(abstract_state))
+    state = self._read(step, state=ocp.args.StandardRestore(abstract_state)).state
+    self._mine.add(step)
+    return state, side["meta"], step
+
+  def steps(self) -> list[int]:
+    """Returns the steps that can be restored, ascending."""
+    return saved_steps(self._workdir)
+
+  def latest_step(self) -> int | None:
+    return max(self.steps(), default=None)
+
+  def wait(self) -> None:
+    """Returns when everything is on disk.
+
+    Raises:
+      RunError: a save failed.
+    """
+    if self._pending is None:
+      return
+    try:
+      self._manager.wait_until_finished()
+    except Exception as err:  # whatever the storage raises
+      raise self._failure(err) from err
+    self._mine.add(self._pending)
+    self._pending = None
+
+  def close(self) -> None:
+    """Waits, then lets go. Raises as `wait` does."""
+    try:
+      self.wait()
+    finally:
+      manager, self._manager = self._manager, None
+      if manager is not None:
+        manager.close()
+
+  def __enter__(self) -> "Checkpointer":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def _read(self, step: int, **items: object) -> ocp.args.Composite:
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as err:  # a damaged file shows up as nearly any type
+      raise self._damaged(step, _first_line(err)) from err
+
+  def _damaged(self, step: int, why: str) -> UserError:
+    others = [str(s) for s in self.steps() if s != step]
+    instead = f"ask for step {' or '.join(others)}, or " if others else ""
+    where = self._folder / str(step)
+    return UserError(f"the checkpoint {where} cannot be read ({why}): {instead}remove that directory")
+
+  def _check_fit(self, step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    where = f"the checkpoint {self._folder / str(step)}"
+    # Shortest first: the parameter itself, rather than the optimizer's moments of it.
+    for name in sorted(saved.keys() | wanted.keys(), key=lambda name: (len(name), name)):
+      if saved.get(name) != wanted.get(name):
+        raise UserError(
+          f"{where} has {saved.get(name, 'nothing')} for {name}, and the model wants"
+          f" {wanted.get(name, 'nothing')}: give it the configuration of its run"
+        )
+
+  def _failure(self, err: Exception) -> RunError:
+    step, self._pending = self._pending, None
+    last = self.latest_step()
+    good = "there is no good step" if last is None else f"the last good step is {last}"
+    return RunError(f"saving step {step} under {self._folder} failed ({_first_line(err)}): {good}")
+
+
+def _step_folders(workdir: Path) -> list[Path]:
+  try:
+    return [path for path in (Path(workdir) / "checkpoints").iterdir() if path.name.isdecimal() and path.is_dir()]
+  except (FileNotFoundError, NotADirectoryError):
+    return []
+
+
+def _leaves(tree: object) -> dict[str, str]:
+  """Returns "dtype[shape]" by leaf name, as ".params['embed']": "float32[64, 8]"."""
+  found = {}
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    found[jax.tree_util.keystr(path)] = f"{leaf.dtype}{list(leaf.shape)}"
+  return found
+
+
+def _first_line(err: BaseException) -> str:
+  # TensorStore's messages hold paths and source locations, and the reason far behind.
+  reason = re.search(r": ([^:\n]*) \[os_error_code=", str(err))
+  if reason:
+    return reason[1]
+  text = str(err).strip().splitlines()
+  return f"{type(err).__name__}: {text[0][:200]}" if text else type(err).__name__
+
+
+def _told_by_us(record: logging.LogRecord) -> bool:
+  return bool(record.exc_info) and "/orbax/checkpoint/" in record.pathname
+
+
+# Orbax logs the trace of a failed save, some 150 lines, and then raises the error, which becomes one line here.
+logging.getLogger("absl").addFilter(lambda record: not _told_by_us(record))

@@ -1,0 +1,83 @@
+"""A trained model from a run's directory."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from moe_lab.config.schema import Config
+from moe_lab.errors import UserError
+from moe_lab.io.checkpoint import Checkpointer
+from moe_lab.io.run import load_run
+from moe_lab.nn.transformer import Transformer
+from moe_lab.routing.base import RouterState
+from moe_lab.train.optimizer import make_optimizer
+from moe_lab.train.state import initial_state
+
+
+class LoadedModel(NamedTuple):
+  """A checkpoint ready for inference.
+
+  Attributes:
+    config: of its run.
+    model: pure apply.
+    params: parameters.
+    router_state: with the greedy rule's calibration.
+    budget: mean experts to ask for.
+    step: of the checkpoint.
+    fingerprint: of the tokenizer it was trained with.
+  """
+
+  config: Config
+  model: Transformer
+  params: Any
+  router_state: RouterState
+  budget: float
+  step: int
+  fingerprint: str
+
+  def check_fingerprint(self, found: str) -> None:
+    """Refuses to read the model's numbers with another tokenizer's ids."""
+    if found != self.fingerprint:
+      raise UserError(
+        f"the tokenizer now is {found[:12]}, but the checkpoint was trained with {self.fingerprint[:12]}: "
+        "the data of the run must be the same as when it was trained"
+      )
+
+
+def checked_budget(config: Config, budget: float | None) -> float:
+  """Returns the budget to use; one out of range is the user's mistake."""
+  routing = config.routing
+  if routing.method == "topk":
+    if budget not in (None, routing.k):
+      raise UserError(
+        f"--budget={budget:g}: the run's method is topk, which always takes config.routing.k = {routing.k}"
+      )
+    return float(routing.k)
+  budget = routing.budget if budget is None else budget
+  if not routing.k_min <= budget <= routing.k_max:
+    raise UserError(
+      f"--budget={budget:g}: wanted a number from {routing.k_min} to {routing.k_max}, what the run was trained for"
+    )
+  return budget
+
+
+def load_model(workdir: Path, step: int | None = None, budget: float | None = None) -> LoadedModel:
+  """Loads a checkpoint.
+
+  Args:
+    workdir: of the run.
+    step: which checkpoint; None: the newest.
+    budget: mean experts to ask for; None: the trained budget.
+
+  Raises:
+    UserError: no run, no such checkpoint, or a budget out of range.
+  """
+  config, info = load_run(workdir)
+  budget = checked_budget(config, budget)
+  abstract = jax.eval_shape(lambda: initial_state(config, make_optimizer(config.train)))
+  with Checkpointer(workdir, keep=None) as checkpointer:
+    state, _, step = checkpointer.restore(abstract, step)
+  return LoadedModel(
+    config, Transformer(config), state.params, state.router_state, budget, step, info["tokenizer_fingerprint"]
+  )

@@ -1,0 +1,232 @@
+"""Training from start to result: evaluate, save, read, step, log."""
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from moe_lab.config.schema import Config
+from moe_lab.data.loader import Data, open_data
+from moe_lab.errors import RunError
+from moe_lab.evaluate.bigram import bigram_baseline, bigram_loss
+from moe_lab.evaluate.flops import forward_flops_per_token
+from moe_lab.evaluate.held_out import held_out_report
+from moe_lab.evaluate.perplexity import evaluate, make_eval_step
+from moe_lab.io.checkpoint import Checkpointer
+from moe_lab.io.files import dump_json, write_text
+from moe_lab.io.progress import Progress
+from moe_lab.io.run import Run, open_run
+from moe_lab.io.writers import MetricsWriter, read_metrics
+from moe_lab.nn.transformer import Transformer
+from moe_lab.train.losses import num_twins
+from moe_lab.train.metrics import Metrics, merge, summarise
+from moe_lab.train.optimizer import make_optimizer
+from moe_lab.train.signals import Preemption
+from moe_lab.train.state import TrainState, initial_state
+from moe_lab.train.step import make_train_step
+
+PREEMPTED = 75  # EX_TEMPFAIL: safe to start again
+
+
+class Ledger:
+  """What a run has spent so far: tokens, FLOPs, and experts since the policy learns. Travels in the checkpoint."""
+
+  def __init__(self, config: Config, saved: dict | None):
+    self._config = config
+    self.spent = saved or {"tokens": 0.0, "flops": 0.0, "policy_tokens": 0.0, "policy_experts": 0.0}
+
+  def add(self, record: dict, metrics: Metrics, first_step: int) -> None:
+    """Takes in the summed metrics of some steps; `record` is their summary."""
+    executed = float(metrics.token_count)  # second rollouts are compute too, but not data
+    forward = forward_flops_per_token(self._config, record["mean_experts"], self._config.data.seq_len / 2)["total"]
+    self.spent["tokens"] += self.tokens_per_step * float(metrics.steps)
+    self.spent["flops"] += 3 * forward * executed
+    if first_step >= self._config.routing.warmup_steps:
+      self.spent["policy_tokens"] += executed
+      self.spent["policy_experts"] += executed * record["mean_experts"]
+
+  @property
+  def tokens_per_step(self) -> int:
+    return self._config.train.batch_size * self._config.data.seq_len
+
+  @property
+  def mean_experts(self) -> float | None:
+    """Realised in training since the random warm-up; None before its end."""
+    return self.spent["policy_experts"] / self.spent["policy_tokens"] if self.spent["policy_tokens"] else None
+
+
+def train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_at: int | None = None) -> dict:
+  """Trains until `config.train.steps`, or continues the run in `workdir`.
+
+  Args:
+    config: of the run.
+    workdir: its directory.
+    cache_dir: for tokenizers.
+    argv: the command, for the record.
+    stop_at: leave as if preempted after this many steps; for tests of resuming.
+
+  Returns:
+    The result: see DESIGN of the command-line contract in README.
+
+  Raises:
+    UserError: bad data, another run in `workdir`.
+    RunError: the run failed (not finite, disk full).
+    SystemExit: 75 after SIGTERM, with everything saved.
+  """
+  data = open_data(config.data, cache_dir)
+  with open_run(workdir, config, fingerprint=data.fingerprint, manifest=data.manifest, argv=argv) as run:
+    if data.tokenizer is not None:
+      (workdir / "tokenizer.model").write_bytes(data.tokenizer.model)  # so that the run can be used without its data
+    with Checkpointer(workdir, config.train.keep_checkpoints) as checkpointer, MetricsWriter(workdir) as writer:
+      with Progress(config.train.steps) as progress, Preemption() as preemption:
+        return _Training(config, run, data, checkpointer, writer, progress, preemption, stop_at).run()
+
+
+class _Training:
+  """The parts of one launch, so that the loop below reads top to bottom."""
+
+  def __init__(self, config: Config, run: Run, data: Data, checkpointer, writer, progress, preemption, stop_at):
+    self.config, self.run_record, self.data = config, run, data
+    self.checkpointer, self.writer, self.progress = checkpointer, writer, progress
+    self.preemption, self.stop_at = preemption, stop_at
+    self.model, self.optimizer = Transformer(config), make_optimizer(config.train)
+    self.eval_step = make_eval_step(config, self.model)
+    self.loader = data.train_loader(config.train.batch_size)
+
+  def run(self) -> dict:
+    """Trains to the end; see `train`."""
+    config = self.config.train
+    state, step = self._start()
+    train_step = make_train_step(self.config, self.model, self.optimizer)
+    since, first, started = None, step, time.monotonic()
+    record = {}
+    while step < config.steps:
+      if self.preemption.requested or step == self.stop_at:
+        self._save(step, state)
+        self.checkpointer.wait()
+        self.progress.note(f"stopped at step {step} of {config.steps}; the same command goes on from here")
+        raise SystemExit(PREEMPTED)
+      state, metrics = train_step(state, next(self.loader))
+      since = metrics if since is None else merge(since, metrics)
+      step += 1
+      log = step % config.log_every == 0 or step in (config.steps, self.config.routing.warmup_steps)
+      evaluating, saving = step % config.eval_every == 0, step % config.checkpoint_every == 0
+      if log or evaluating or saving or step == self.stop_at:
+        record = self._log(step, state, since, first, started)
+        since = None
+        if evaluating and step < config.steps:
+          self._evaluate(step, state)
+        if saving or step == config.steps:
+          self._save(step, state)
+        first, started = step, time.monotonic()
+    self.checkpointer.wait()
+    return self._finish(state, record)
+
+  def _start(self) -> tuple[TrainState, int]:
+    """Returns the state and the steps done: the newest checkpoint's, or the beginning."""
+    if self.checkpointer.latest_step() is None:
+      state, step, meta = jax.jit(lambda: initial_state(self.config, self.optimizer))(), 0, {}
+    else:
+      abstract = jax.eval_shape(lambda: initial_state(self.config, self.optimizer))
+      state, meta, step = self.checkpointer.restore(abstract)
+      self.loader.set_state(meta["loader"])
+      self.progress.note(f"resuming after step {step}")
+    self.writer.resume(step)
+    self.ledger = Ledger(self.config, meta.get("spent"))
+    return state, step
+
+  def _save(self, step: int, state: TrainState) -> None:
+    if self.checkpointer.latest_step() != step:
+      meta = {"loader": self.loader.get_state(), "spent": self.ledger.spent, "fingerprint": self.data.fingerprint}
+      self.checkpointer.save(step, state, meta)
+
+  def _log(self, step: int, state: TrainState, metrics: Metrics, first: int, started: float) -> dict:
+    record = summarise(metrics)
+    seconds = time.monotonic() - started
+    self.ledger.add(record, metrics, first)
+    dynamic = self.config.routing.method == "dynamic"
+    budget = self.config.routing.budget if dynamic else None
+    speed = self.ledger.tokens_per_step * (step - first) / seconds
+    position = {
+      "kind": "train",
+      "step": step,
+      "tokens": self.ledger.spent["tokens"],
+      "flops": self.ledger.spent["flops"],
+    }
+    record = position | record | {"tokens_per_second": speed, "budget": budget}
+    if not dynamic:
+      record = {k: v for k, v in record.items() if k not in ("greedy_experts", "price", "policy_entropy", "advantage")}
+    self.writer.write(record)
+    self.progress.update(
+      step, loss=record["loss"], mean_experts=record["mean_experts"], budget=budget, tokens_per_second=speed
+    )
+    if record["skipped"]:
+      self.progress.note(f"step {step}: {record['skipped']} updates skipped, gradient not finite")
+    if int(state.skipped_in_a_row) >= self.config.train.max_skipped:
+      raise RunError(
+        f"{int(state.skipped_in_a_row)} updates in a row had a gradient that is not finite, up to step {step}; "
+        f"the last good checkpoint is step {self.checkpointer.latest_step()}; "
+        f"lower config.train.learning_rate = {self.config.train.learning_rate}"
+      )
+    return record
+
+  def _evaluate(self, step: int, state: TrainState) -> None:
+    routing = self.config.routing
+    result = evaluate(
+      self.eval_step,
+      state.params,
+      state.router_state,
+      self.data.eval_batches("validation", self.config.train.batch_size, self.config.train.eval_batches),
+      routing.budget,
+      class_names=self.data.class_names,
+      slots=routing.slots,
+    )
+    position = {
+      "kind": "eval",
+      "step": step,
+      "tokens": self.ledger.spent["tokens"],
+      "flops": self.ledger.spent["flops"],
+    }
+    self.writer.write(position | {"val_loss": result["loss"], "mean_experts": result["mean_experts"]})
+    self.progress.note(
+      f"step {step}: validation loss {result['loss']:.3f}, greedy experts {result['mean_experts']:.2f}"
+    )
+
+  def _finish(self, state: TrainState, record: dict) -> dict:
+    """Evaluates both held-out splits in full beside the bigram, writes evaluation.json, returns the result."""
+    self.progress.note("evaluating on the held-out documents")
+    report = held_out_report(self.config, self.data, self.eval_step, state.params, state.router_state)
+    bigram = bigram_baseline(self.data)
+    report["bigram_loss"], report["bigram_bits_per_byte"] = bigram_loss(bigram, self.data, "validation")
+    report["bigram_test_loss"], report["bigram_test_bits_per_byte"] = bigram_loss(bigram, self.data, "test")
+    speeds = [r["tokens_per_second"] for r in read_metrics(self.run_record.workdir) if r["kind"] == "train"]
+    result = {
+      "steps": int(state.step),
+      "val_loss": report["val_loss"],
+      "val_bits_per_byte": report["val_bits_per_byte"],
+      "bigram_loss": report["bigram_loss"],
+      "bigram_bits_per_byte": report["bigram_bits_per_byte"],
+      "test_loss": report["test_loss"],
+      "test_bits_per_byte": report["test_bits_per_byte"],
+      "bigram_test_loss": report["bigram_test_loss"],
+      "budget": report["budget"],
+      "budget_mode": self.config.routing.budget_mode if self.config.routing.method == "dynamic" else None,
+      "mean_experts": self.ledger.mean_experts,
+      "eval_mean_experts": report["val_mean_experts"],
+      "tokens_per_second": float(np.median(speeds)) if speeds else None,
+      "twins_per_batch": num_twins(self.config, self.config.train.batch_size),
+      "workdir": self.run_record.workdir,
+    }
+    write_text(self.run_record.workdir / "evaluation.json", dump_json(report | {"result": result}) + "\n")
+    self.progress.note(_in_words(result))
+    return result
+
+
+def _in_words(result: dict) -> str:
+  words = f"held-out loss {result['val_loss']:.3f} nats per token (bigram {result['bigram_loss']:.3f})"
+  if result["val_bits_per_byte"]:
+    words += f", {result['val_bits_per_byte']:.3f} bits per byte (bigram {result['bigram_bits_per_byte']:.3f})"
+  if result["mean_experts"]:
+    words += f"; experts {result['mean_experts']:.2f} in training"
+  return words + f"; experts {result['eval_mean_experts']:.2f} in greedy evaluation"

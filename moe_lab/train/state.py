@@ -1,0 +1,50 @@
+"""Everything that decides how training goes on."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_lab.config.schema import Config
+from moe_lab.nn.transformer import Transformer
+from moe_lab.routing.base import RouterState, initial_router_state
+from moe_lab.routing.budget import BudgetState, initial_budget_state
+
+
+class TrainState(NamedTuple):
+  """The whole state of training but for the data's position; a pytree of arrays.
+
+  Attributes:
+    step: int32 [], updates done or skipped; randomness is derived from it.
+    params: the model's.
+    opt_state: the optimizer's.
+    router_state: balance biases, running loads, greedy calibration, [Z, ...].
+    budget_state: the budget controller's.
+    skipped_in_a_row: int32 [], updates skipped since the last good one.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: optax.OptState
+  router_state: RouterState
+  budget_state: BudgetState
+  skipped_in_a_row: jax.Array
+
+
+def initial_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+  """Returns the state before the first step; deterministic in `config.train.seed`."""
+  num_moe_layers = config.model.num_layers - config.model.num_dense_layers
+  router_state = initial_router_state(num_moe_layers, config.model.num_experts)
+  token_BL = jnp.zeros((1, 8), jnp.int32)
+  variables = Transformer(config).init(
+    jax.random.key(config.train.seed), token_BL, token_BL + 1, jnp.full(1, config.routing.budget), router_state
+  )
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=variables["params"],
+    opt_state=optimizer.init(variables["params"]),
+    router_state=router_state,
+    budget_state=initial_budget_state(config.routing),
+    skipped_in_a_row=jnp.zeros((), jnp.int32),
+  )

@@ -61,7 +61,7 @@ class ModelConfig:
       "attention_block",
     ):
       _check_range(f"model.{name}", getattr(self, name), 1)
-    _check_range("model.num_dense_layers", self.num_dense_layers, 0, self.num_layers)
+    _check_range("model.num_dense_layers", self.num_dense_layers, 0, self.num_layers - 1)
     _check_range("model.num_shared_experts", self.num_shared_experts, 0)
     if self.num_heads % self.num_kv_heads:
       raise ConfigError("model.num_kv_heads", self.num_kv_heads, f"a divisor of model.num_heads = {self.num_heads}")
@@ -127,6 +127,11 @@ class RoutingConfig:
   def slots(self) -> int:
     """K, the expert slots that a token's assignment holds."""
     return self.k if self.method == "topk" else self.k_max
+
+  @property
+  def target(self) -> float:
+    """The mean count that controllers aim at: the budget, or a little under it where it must not be exceeded."""
+    return self.budget if self.budget_mode == "exactly" else max(0.98 * self.budget, float(self.k_min))
 
 
 @dataclasses.dataclass(frozen=True)

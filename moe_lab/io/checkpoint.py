@@ -222,9 +222,14 @@ def _first_line(err: BaseException) -> str:
   return f"{type(err).__name__}: {text[0][:200]}" if text else type(err).__name__
 
 
-def _told_by_us(record: logging.LogRecord) -> bool:
-  return bool(record.exc_info) and "/orbax/checkpoint/" in record.pathname
+def _is_news(record: logging.LogRecord) -> bool:
+  """False for what Orbax logs and the user need not read.
+
+  It logs the trace of a failed save, some 150 lines, and then raises the error,
+  which becomes one line here; and that a directory opened for reading is so.
+  """
+  of_orbax = "/orbax/checkpoint/" in record.pathname
+  return not (of_orbax and (record.exc_info or "read only" in str(record.msg)))
 
 
-# Orbax logs the trace of a failed save, some 150 lines, and then raises the error, which becomes one line here.
-logging.getLogger("absl").addFilter(lambda record: not _told_by_us(record))
+logging.getLogger("absl").addFilter(_is_news)

@@ -18,12 +18,12 @@ class Output(NamedTuple):
 
   Attributes:
     logits_BLV: float32.
-    stats: of the mixture-of-experts layers, leading axis Z; None if there are none.
+    stats: of the mixture-of-experts layers, leading axis Z.
     cache: the updated cache, leading axis Z (all layers); None if none was given.
   """
 
   logits_BLV: jax.Array
-  stats: RouterStats | None
+  stats: RouterStats
   cache: KVCache | None
 
 
@@ -66,25 +66,20 @@ class Transformer(nn.Module):
     shared = SharedInputs(segment_BL, jnp.asarray(offset, jnp.int32), budget_B, jax.lax.stop_gradient(x_BLD))
 
     num_dense = config.num_dense_layers
-    num_moe = config.num_layers - num_dense
+    block = nn.remat(Block, prevent_cse=False) if config.remat == "full" else Block
     stats, new_caches = None, []
-    for name, num_layers, first in (("dense_layers", num_dense, 0), ("moe_layers", num_moe, num_dense)):
+    for is_moe, layers in ((False, slice(0, num_dense)), (True, slice(num_dense, config.num_layers))):
+      num_layers = layers.stop - layers.start
       if num_layers == 0:
         continue
-      is_moe = name == "moe_layers"
-      layer_cache = None if cache is None else jax.tree.map(lambda c: c[first : first + num_layers], cache)  # noqa: B023
+      layer_cache = None if cache is None else KVCache(cache.k_BSMH[layers], cache.v_BSMH[layers])
       keys = None if key is None else jax.random.split(key, num_layers)
-      inputs = (
-        LayerInputs(router_state, keys, decisions, layer_cache)
-        if is_moe
-        else LayerInputs(None, None, Decisions(), layer_cache)
-      )
-      block = nn.remat(Block, prevent_cse=False) if config.remat == "full" else Block
-      layers = nn.scan(
+      dense_inputs = LayerInputs(None, None, Decisions(), layer_cache)
+      inputs = LayerInputs(router_state, keys, decisions, layer_cache) if is_moe else dense_inputs
+      scanned = nn.scan(
         block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=num_layers
-      )(config, self.config.routing, is_moe, name=name)
-      x_BLD, (layer_stats, layer_cache) = layers(x_BLD, inputs, shared)
-      stats = layer_stats if is_moe else stats
+      )(config, self.config.routing, is_moe, name="moe_layers" if is_moe else "dense_layers")
+      x_BLD, (stats, layer_cache) = scanned(x_BLD, inputs, shared)  # the last layers are always mixtures of experts
       new_caches.append(layer_cache)
     if cache is not None:
       cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *new_caches)

@@ -42,7 +42,7 @@ def initial_budget_state(config: RoutingConfig) -> BudgetState:
 
 def price(state: BudgetState, config: RoutingConfig) -> jax.Array:
   """Returns lambda: [], nats per expert."""
-  pressure = state.integral + PROPORTIONAL_GAIN * (state.mean - config.budget) / config.budget
+  pressure = state.integral + PROPORTIONAL_GAIN * (state.mean - config.target) / config.target
   raw = pressure * state.scale
   return raw if config.budget_mode == "exactly" else jnp.maximum(raw, config.lambda_min)
 
@@ -56,7 +56,7 @@ def updated_scale(scale: jax.Array, mean_square_advantage: jax.Array) -> jax.Arr
 def updated(state: BudgetState, config: RoutingConfig, mean_count, scale) -> BudgetState:
   """Takes in one step's mean count (experts) and advantage scale (nats)."""
   mean = MEAN_DECAY * state.mean + (1 - MEAN_DECAY) * mean_count
-  integral = state.integral + INTEGRAL_GAIN * (mean - config.budget) / config.budget
+  integral = state.integral + INTEGRAL_GAIN * (mean - config.target) / config.target
   if config.budget_mode == "at_most":
     integral = jnp.maximum(integral, 0.0)  # no credit for slack, or a later overrun would be free
   return BudgetState(integral, mean, scale)

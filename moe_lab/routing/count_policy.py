@@ -76,4 +76,4 @@ def calibrated_shift(
   """
   if config.budget_mode == "exactly":
     return shift_Z + SHIFT_RATE * (sampled_mean_Z - greedy_mean_Z)
-  return jnp.minimum(shift_Z + SHIFT_RATE * (config.budget - greedy_mean_Z.mean()), 0.0)
+  return jnp.minimum(shift_Z + SHIFT_RATE * (config.target - greedy_mean_Z.mean()), 0.0)

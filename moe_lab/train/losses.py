@@ -49,8 +49,6 @@ def compute_loss(params, state: TrainState, batch: Batch, key, config: Config, m
 
   stats = out.stats
   losses, square, count = {}, jnp.zeros(()), jnp.zeros(())
-  if stats is None:
-    raise ValueError("a model without mixture-of-experts layers has no router to train")
   losses["load_balance"] = load_balance_loss(stats.assigned_E, stats.prob_sum_E, stats.token_count)
   losses["router_z"] = jnp.mean(stats.z_sum / jnp.maximum(stats.token_count, 1))
   total += routing.load_balance_weight * losses["load_balance"] + routing.z_loss_weight * losses["router_z"]

@@ -1,0 +1,137 @@
+"""The programs as a user runs them: train, continue, evaluate, generate, report; and every mistake in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+  "--config=configs/quickstart.py",
+  "--config.model.dim=16",
+  "--config.model.num_layers=2",
+  "--config.model.num_experts=4",
+  "--config.model.expert_dim=8",
+  "--config.model.head_dim=8",
+  "--config.routing.k_max=4",
+  "--config.routing.warmup_steps=2",
+  "--config.data.vocab_size=300",
+  "--config.data.seq_len=32",
+  "--config.train.steps=6",
+  "--config.train.batch_size=8",
+  "--config.train.log_every=2",
+  "--config.train.eval_every=4",
+  "--config.train.eval_batches=1",
+  "--config.train.checkpoint_every=4",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """A folder with a corpus, `text`, and a trained run, `run`."""
+  folder = tmp_path_factory.mktemp("programs")
+  (folder / "text").mkdir()
+  for index in range(40):
+    lines = [f"def function_{index}_{line}(x):\n  return x + {index * line}\n" for line in range(30)]
+    (folder / "text" / f"{index}.py").write_text("\n".join(lines))
+  result = program(folder, "train", *SMALL, "--config.data.sources=text:text", "--workdir=run")
+  assert result.returncode == 0, result.stderr
+  return folder
+
+
+def program(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess:
+  """Runs experiments.NAME in `folder`; configs are given relative to the repository."""
+  arguments = [a.replace("configs/", f"{ROOT}/configs/") for a in arguments]
+  return subprocess.run(
+    [sys.executable, "-m", f"experiments.{name}", *arguments],
+    cwd=folder,
+    env={"PATH": "/usr/bin:/bin", "HOME": str(folder), "PYTHONPATH": str(ROOT), "MOE_LAB_CACHE": str(folder / "cache")},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+
+
+def result_of(process: subprocess.CompletedProcess) -> dict:
+  assert process.returncode == 0, process.stderr
+  return json.loads(process.stdout.splitlines()[-1])
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+  return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_run_directory_is_complete(place):
+  for name in ("config.json", "run.json", "metrics.jsonl", "evaluation.json", "report.html", "tokenizer.model"):
+    assert (place / "run" / name).stat().st_size > 0, name
+  run = json.loads((place / "run" / "run.json").read_text())
+  (source,) = run["data"]
+  assert len(source["files"]) == 40 and {"file", "sha256", "bytes", "license"} <= source["files"][0].keys()
+
+
+def test_evaluate(place):
+  keys = {"val_loss", "mean_experts", "flops_per_token", "by_class"}
+  validation = result_of(program(place, "evaluate", "--workdir=run", "--split=validation"))
+  assert keys <= validation.keys()
+  trained = json.loads((place / "run" / "evaluation.json").read_text())
+  assert validation["val_loss"] == pytest.approx(trained["val_loss"], rel=1e-6)
+  richer = result_of(program(place, "evaluate", "--workdir=run", "--split=validation", "--budget=3"))
+  assert richer["mean_experts"] > validation["mean_experts"]
+
+
+def test_generate_and_report(place):
+  arguments = ("--workdir=run", "--prompt=def ", "--max_tokens=12", "--seed=3")
+  first, second = (result_of(program(place, "generate", *arguments)) for _ in range(2))
+  assert first["text"] == second["text"] and first["tokens"] <= 12 and 1 <= first["mean_experts"] <= 4
+  before = (place / "run" / "report.html").read_text()
+  assert result_of(program(place, "report", "--workdir=run"))["report"].endswith("report.html")
+  assert (place / "run" / "report.html").read_text() == before
+
+
+TEXT = ("--config.data.sources=text:text", "--workdir=new")
+
+
+@pytest.mark.parametrize(
+  ("name", "arguments", "words"),
+  [
+    ("train", ("--config.data.sources=text:nothing", "--workdir=new"), ("config.data.sources", "nothing")),
+    ("train", ("--config.data.sources=text:empty", "--workdir=new"), ("config.data.sources", "empty")),
+    ("train", ("--config.data.sources=text:latin1", "--workdir=new"), ("UTF-8", "bad.txt")),
+    ("train", (*TEXT, "--config.data.vocab_size=50000"), ("config.data.vocab_size", "50000")),
+    ("train", (*TEXT, "--config.routing.budget=9"), ("config.routing.budget", "9", "4")),
+    ("train", (*TEXT, "--config.routing.k_max=5"), ("config.routing.k_max", "num_experts = 4")),
+    ("train", (*TEXT, "--config.routing.budgt=3"), ("budgt", "budget")),
+    ("train", (*TEXT[:1], "--config.train.steps=7", "--workdir=run"), ("config.train.steps", "7", "6")),
+    ("train", (*TEXT[:1], "--workdir=text"), ("--workdir", "text")),
+    ("train", ("--config.data.sources=text:more", "--workdir=run"), ("run",)),
+    ("evaluate", ("--workdir=runn",), ("runn", "run")),
+    ("evaluate", ("--workdir=run", "--step=5"), ("step 5", "6")),
+    ("evaluate", ("--workdir=run", "--split=tset"), ("tset", "test")),
+    ("evaluate", ("--workdir=run", "--budget=17"), ("--budget=17", "4")),
+    ("generate", ("--workdir=run", "--bugdet=2"), ("bugdet", "budget")),
+    ("report", ("--workdir=nowhere",), ("nowhere",)),
+  ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_changes_nothing(place, name, arguments, words):
+  (place / "empty").mkdir(exist_ok=True)
+  (place / "latin1").mkdir(exist_ok=True)
+  (place / "latin1" / "bad.txt").write_bytes("caf\u00e9 ".encode("latin-1") * 100)
+  (place / "more").mkdir(exist_ok=True)
+  (place / "more" / "a.txt").write_text("other words entirely\n" * 5000)
+  before = files(place / "run")
+  process = program(place, name, *(SMALL if name == "train" else ()), *arguments)
+  assert process.returncode in (1, 2) and process.stdout == ""
+  (line,) = process.stderr.splitlines()
+  assert line.startswith("error: ") and all(word in line for word in words), line
+  assert files(place / "run") == before
+  assert not (place / "new" / "config.json").exists()
+
+
+def test_a_run_without_its_checkpoint_says_so(place):
+  (place / "bare").mkdir()
+  for name in ("config.json", "run.json"):
+    (place / "bare" / name).write_bytes((place / "run" / name).read_bytes())
+  process = program(place, "evaluate", "--workdir=bare")
+  assert process.returncode == 2 and "no checkpoint" in process.stderr and len(process.stderr.splitlines()) == 1

@@ -25,6 +25,10 @@ def get_config(arg=None):
   config.model.head_dim = 16
   # Easy tokens are copied from two places back: rotary heads find that place, a slope only prefers what is near.
   config.model.position = "rotary"
+  # One layer of experts, so that a count is one decision: with two, the table was learned in one of them and the
+  # other one's counts, which had nothing to gain, diluted the answer. The dense layer below is too small to hold it.
+  config.model.num_dense_layers = 1
+  config.model.dense_dim = 16
   # Experts too small to compute a hard token alone: eight hidden units, where the table has 576 entries.
   config.model.num_experts = 8
   config.model.expert_dim = 8

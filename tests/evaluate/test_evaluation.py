@@ -1,0 +1,94 @@
+"""Evaluation sums what it says, and controls keep the compute."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_lab.config.schema import Config, DataConfig, ModelConfig, RoutingConfig
+from moe_lab.evaluate.controls import fixed_count, shuffled_counts
+from moe_lab.evaluate.flops import forward_flops_per_token
+from moe_lab.evaluate.perplexity import evaluate, make_eval_step
+from moe_lab.nn.transformer import Transformer
+from moe_lab.routing.base import initial_router_state
+from moe_lab.types import Batch
+
+CONFIG = Config(
+  ModelConfig(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, num_experts=5, expert_dim=6),
+  RoutingConfig(k_max=4),
+  DataConfig(vocab_size=30, seq_len=11),
+)
+
+
+@pytest.fixture(scope="module")
+def setting():
+  state, token = initial_router_state(2, 5), jnp.ones((1, 4), jnp.int32)
+  model = Transformer(CONFIG)
+  params = model.init(jax.random.key(0), token, token, jnp.full(1, 2.0), state)["params"]
+  # Counts that differ from token to token.
+  moe = params["moe_layers"]["moe"]
+  moe["policy_out"] = jax.random.normal(jax.random.key(1), moe["policy_out"].shape)
+  rng = np.random.default_rng(0)
+  batches = []
+  for last in (False, True):
+    tokens, segments = rng.integers(0, 30, (4, 12)).astype(np.int32), np.ones((4, 12), np.int32)
+    segments[1, 5:] = 2
+    if last:
+      segments[2:] = 0  # rows that fill up the last batch
+    batches.append(Batch(tokens, segments, tokens % 3))
+  return model, params, state, batches
+
+
+def run(setting, **arguments):
+  model, params, state, batches = setting
+  names = ("a", "b", "c", "never")
+  return evaluate(make_eval_step(CONFIG, model), params, state, batches, 2.0, class_names=names, slots=4, **arguments)
+
+
+def test_evaluation_against_plain_loops(setting):
+  model, params, state, batches = setting
+  bytes_per_token = np.arange(30) % 5
+  result = run(setting, bytes_per_token=bytes_per_token)
+  losses, counts, num_bytes, histogram = {0: [], 1: [], 2: []}, {0: [], 1: [], 2: []}, 0, np.zeros((2, 5))
+  for batch in batches:
+    out = model.apply({"params": params}, batch.tokens[:, :-1], batch.segments[:, :-1], jnp.full(4, 2.0), state)
+    log_prob, count = jax.nn.log_softmax(out.logits_BLV), np.asarray(out.stats.count_T).reshape(2, 4, 11)
+    for row, t in np.ndindex(4, 11):
+      if batch.segments[row, t]:
+        histogram[[0, 1], count[:, row, t]] += 1
+      if batch.segments[row, t] and batch.segments[row, t] == batch.segments[row, t + 1]:
+        target = batch.tokens[row, t + 1]
+        losses[target % 3].append(-float(log_prob[row, t, target]))
+        counts[target % 3].append(count[:, row, t].mean())
+        num_bytes += bytes_per_token[target]
+  everything = sum(losses.values(), [])
+  assert result["tokens"] == len(everything) == 4 * 11 - 1 + 2 * 11 - 1
+  assert result["loss"] == pytest.approx(np.mean(everything), rel=1e-5)
+  assert result["bits_per_byte"] == pytest.approx(np.sum(everything) / np.log(2) / num_bytes, rel=1e-5)
+  assert result["by_class"].keys() == {"a", "b", "c"}
+  for index, name in enumerate("abc"):
+    assert result["by_class"][name]["loss"] == pytest.approx(np.mean(losses[index]), rel=1e-5)
+    assert result["by_class"][name]["mean_experts"] == pytest.approx(np.mean(counts[index]))
+  np.testing.assert_allclose(result["k_histogram"], histogram / histogram.sum(1, keepdims=True))
+  assert len(np.flatnonzero(histogram.sum(0))) > 1
+
+
+def test_controls_keep_the_compute(setting):
+  model, params, state, _ = setting
+  own = run(setting)
+  shuffled = run(setting, decide=shuffled_counts(make_eval_step(CONFIG, model), params, state, 2.0, seed=0))
+  np.testing.assert_allclose(shuffled["k_histogram"], own["k_histogram"])
+  assert shuffled["loss"] != own["loss"]
+  fixed = run(setting, decide=fixed_count(2, 3))
+  assert fixed["mean_experts"] == 3
+
+
+def test_flops_by_hand():
+  # D 16, H 8, N 2, M 1: projections 2 * 16 * (2 * 2 + 2 * 1) * 8 = 1536 a layer; scores 4 * 2 * 8 * 10 = 640 a layer;
+  # experts 6 * 16 * 6 * 1.5 = 864 a layer; head 2 * 16 * 30 = 960; router 2 * 16 * 5 = 160 and the policy's heads
+  # 2 * (17 * 32 + 32 * 4) = 1344 a layer.
+  flops = forward_flops_per_token(CONFIG, mean_experts=1.5, mean_context=10)
+  assert flops == {
+    "attention_projections": 3072, "attention_scores": 1280, "router": 2 * (160 + 1344), "experts": 1728,
+    "dense_mlp": 0, "head": 960, "total": 3072 + 1280 + 3008 + 1728 + 960,
+  }  # fmt: skip

@@ -1,0 +1,117 @@
+"""The count policy's learner, its budget controller, balance and dropout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_lab.config.schema import RoutingConfig
+from moe_lab.routing import balance
+from moe_lab.routing import budget as budget_control
+from moe_lab.routing.base import PolicyTerms
+from moe_lab.routing.dropout import dropped_experts
+from moe_lab.routing.policy_gradient import credited_loss, leave_one_out_advantage, policy_losses
+
+
+def test_credit_flows_back_within_a_document_only():
+  rng = np.random.default_rng(0)
+  nll, weight = rng.random((2, 9)), rng.integers(0, 2, (2, 9)).astype(float)
+  segment = np.array([[1] * 4 + [2] * 5, [1] * 7 + [0] * 2])
+  want = np.zeros_like(nll)
+  for b, t in np.ndindex(2, 9):
+    for ahead in range(9 - t):
+      if segment[b, t + ahead] != segment[b, t]:
+        break
+      want[b, t] += 0.5**ahead * nll[b, t + ahead] * weight[b, t + ahead]
+  got = credited_loss(jnp.asarray(nll), jnp.asarray(weight), jnp.asarray(segment), 0.5)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_leave_one_out_by_hand():
+  # Rows 0 and 1 have twins 3 and 4; row 2 is alone. Twin's loss minus own: 5 - 1 and 2 - 2; the twins' the negative.
+  credit_BL = jnp.asarray([[1.0], [2.0], [7.0], [5.0], [2.0]])
+  np.testing.assert_array_equal(leave_one_out_advantage(credit_BL, 2)[:, 0], [4, 0, 0, -4, 0])
+
+
+def test_the_policy_gradient_is_unbiased():
+  # One token, counts 1..3 with rewards r and price c: averaged over what could be drawn, the sampled gradient is
+  # that of the expectation E[-r/scale + c/scale * k], whatever the baseline.
+  reward_A, price, scale, baseline = jnp.asarray([0.3, -1.0, 2.0]), 0.7, 2.0, 5.0
+  counts_A, one = jnp.arange(1.0, 4.0), jnp.ones(1)
+
+  def sampled(logits_A, action):
+    log_prob_A = jax.nn.log_softmax(logits_A)
+    expected = (jnp.exp(log_prob_A) @ counts_A)[None, None]
+    terms = PolicyTerms(log_prob_A[action][None, None], expected, one[None], one[None], None)
+    losses = policy_losses(terms, (reward_A[action] - baseline)[None], one, one, price, scale, 0.0)
+    return losses["policy"] + losses["price"]
+
+  def exact(logits_A):
+    return jax.nn.softmax(logits_A) @ (-reward_A + price * counts_A) / scale
+
+  logits_A = jnp.asarray([0.1, -0.4, 0.8])
+  mean = sum(p * jax.grad(sampled)(logits_A, a) for a, p in enumerate(jax.nn.softmax(logits_A)))
+  np.testing.assert_allclose(mean, jax.grad(exact)(logits_A), atol=1e-6)
+
+
+def test_entropy_floor_acts_on_a_layers_mean_and_only_below():
+  # Layer 0 has entropies 0.2 and 0.4 of two real tokens (the third is padding): mean 0.3, 0.2 under the floor of 0.5.
+  entropy_ZT = jnp.asarray([[0.2, 0.4, 0.0], [0.9, 0.3, 0.0]])
+  zero_ZT, ones = jnp.zeros((2, 3)), jnp.ones(3)
+  terms = PolicyTerms(zero_ZT, zero_ZT, entropy_ZT, zero_ZT, None)
+  losses = policy_losses(terms, zero_ZT, ones, jnp.asarray([1.0, 1, 0]), 0.0, 1.0, 0.5)
+  assert losses["entropy_floor"] == pytest.approx((0.2 + 0.0) / 2)
+
+
+@pytest.mark.parametrize("mode", ["exactly", "at_most"])
+@pytest.mark.parametrize("wish", [3.0, 1.2])  # the mean count that a free expert would lead to
+def test_the_controller_holds_the_budget_of_a_policy_that_answers_late(mode, wish):
+  config = RoutingConfig(budget=2.0, budget_mode=mode, lambda_min=0.002)
+  state, count, scale = budget_control.initial_budget_state(config), 2.0, 0.1
+  prices = []
+  for _ in range(1500):
+    price = float(budget_control.price(state, config))
+    # The policy drifts to where its own gain, 0.1 nats per expert at `wish`, equals the price.
+    count += 0.02 * ((wish - price * 10) - count)
+    state = budget_control.updated(state, config, count, scale)
+    prices.append(price)
+  if mode == "exactly":
+    assert count == pytest.approx(2.0, rel=0.02)
+    assert (prices[-1] < 0) == (wish < 2)  # below the budget experts are paid for
+  else:
+    assert count <= 2.0
+    assert min(prices) >= 0.002 - 1e-9
+    if wish < 2:
+      assert prices[-1] == pytest.approx(0.002) and count == pytest.approx(wish - 0.02, rel=0.01)
+    else:
+      assert count == pytest.approx(1.96, rel=0.02)  # two per cent under
+
+
+def test_the_scale_starts_with_the_first_observation():
+  assert budget_control.updated_scale(jnp.zeros(()), 0.25) == 0.5
+  assert budget_control.updated_scale(jnp.asarray(1.0), 4.0) == pytest.approx(0.95 + 0.05 * 2)
+
+
+def test_load_balance_loss_by_hand():
+  even, token_count = jnp.full((1, 4), 10.0), jnp.asarray([20.0])
+  assert balance.load_balance_loss(even, jnp.full((1, 4), 5.0), token_count) == pytest.approx(1.0)
+  one = jnp.asarray([[40.0, 0, 0, 0]])
+  assert balance.load_balance_loss(one, jnp.asarray([[20.0, 0, 0, 0]]), token_count) == pytest.approx(4.0)  # E
+
+
+def test_bias_moves_against_the_load_and_does_not_drift():
+  # Loads 2, 1, 0.5, 0.5 of the fair share: steps -1, 0, +1, +1 of 0.1; their mean, 0.025, is taken out.
+  bias = balance.updated_bias(jnp.zeros((1, 4)), jnp.asarray([[8.0, 4, 2, 2]]), 0.1)
+  np.testing.assert_allclose(bias[0], [-0.125, -0.025, 0.075, 0.075], atol=1e-7)
+  # Load shares 3.2, 0.4, 0.4, 0 times E = 4: 0.95 * 1 + 0.05 * share.
+  load = balance.updated_load(jnp.ones((1, 4)), jnp.asarray([[8.0, 1, 1, 0]]))
+  np.testing.assert_allclose(load[0], [0.95 + 0.05 * 3.2, 0.97, 0.97, 0.95], rtol=1e-6)
+
+
+def test_expert_dropout_prefers_the_busy_and_leaves_enough():
+  load_E = jnp.asarray([2.0, 1.0, 0.5, 0.5])
+  keys = jax.random.split(jax.random.key(0), 4000)
+  dropped = jax.vmap(lambda key: dropped_experts(key, load_E, 0.2, 1))(keys)
+  np.testing.assert_allclose(dropped.mean(0), [0.4, 0.2, 0.1, 0.1], atol=0.03)
+  crowded = jax.vmap(lambda key: dropped_experts(key, load_E * 4, 0.5, 3))(keys)
+  assert crowded.sum(1).max() == 1  # of four experts three stay

@@ -26,7 +26,7 @@ train: env  ## trains configs/quickstart.py into WORKDIR=runs/quickstart and wri
 	.venv/bin/python -m experiments.train --config=configs/quickstart.py --workdir=$(WORKDIR)
 
 test: lint  ## lint, and every test but the slow ones
-	.venv/bin/python -m pytest -q -m "not slow"
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-slow: env  ## the slow tests
 	.venv/bin/python -m pytest -q -m slow

@@ -36,22 +36,24 @@ def setting():
     if last:
       segments[2:] = 0  # rows that fill up the last batch
     batches.append(Batch(tokens, segments, tokens % 3))
-  return model, params, state, batches
+  return model, params, state, batches, make_eval_step(CONFIG, model)
 
 
 def run(setting, **arguments):
-  model, params, state, batches = setting
+  _, params, state, batches, eval_step = setting
   names = ("a", "b", "c", "never")
-  return evaluate(make_eval_step(CONFIG, model), params, state, batches, 2.0, class_names=names, slots=4, **arguments)
+  return evaluate(eval_step, params, state, batches, 2.0, class_names=names, slots=4, **arguments)
 
 
 def test_evaluation_against_plain_loops(setting):
-  model, params, state, batches = setting
+  model, params, state, batches, eval_step = setting
   bytes_per_token = np.arange(30) % 5
   result = run(setting, bytes_per_token=bytes_per_token)
   losses, counts, num_bytes, histogram = {0: [], 1: [], 2: []}, {0: [], 1: [], 2: []}, 0, np.zeros((2, 5))
   for batch in batches:
-    out = model.apply({"params": params}, batch.tokens[:, :-1], batch.segments[:, :-1], jnp.full(4, 2.0), state)
+    out = jax.jit(model.apply)(
+      {"params": params}, batch.tokens[:, :-1], batch.segments[:, :-1], jnp.full(4, 2.0), state
+    )
     log_prob, count = jax.nn.log_softmax(out.logits_BLV), np.asarray(out.stats.count_T).reshape(2, 4, 11)
     for row, t in np.ndindex(4, 11):
       if batch.segments[row, t]:
@@ -74,9 +76,9 @@ def test_evaluation_against_plain_loops(setting):
 
 
 def test_controls_keep_the_compute(setting):
-  model, params, state, _ = setting
+  _, params, state, _, eval_step = setting
   own = run(setting)
-  shuffled = run(setting, decide=shuffled_counts(make_eval_step(CONFIG, model), params, state, 2.0, seed=0))
+  shuffled = run(setting, decide=shuffled_counts(eval_step, params, state, 2.0, seed=0))
   np.testing.assert_allclose(shuffled["k_histogram"], own["k_histogram"])
   assert shuffled["loss"] != own["loss"]
   fixed = run(setting, decide=fixed_count(2, 3))

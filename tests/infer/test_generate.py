@@ -1,5 +1,7 @@
 """Generation computes what the training forward pass does, token by token."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ CONFIGS = {
 }
 
 
+@functools.cache
 def make(name):
   model, routing = CONFIGS[name]
   small = dict(dim=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, num_experts=5, expert_dim=6)
@@ -31,15 +34,20 @@ def make(name):
   return config, params, state
 
 
+@functools.cache
+def generators(name):
+  return Generator(*make(name))
+
+
 @pytest.mark.parametrize("prompt_length", [1, 13, 64])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_decoding_equals_the_full_forward_pass(name, prompt_length):
   config, params, state = make(name)
-  generator = Generator(config, params, state)
+  generator = generators(name)
   prompt = np.random.default_rng(0).integers(0, VOCAB, prompt_length).astype(np.int32)
   steps = list(generator.generate(prompt, 12, temperature=0.0))
   tokens = np.concatenate([prompt, [s.token for s in steps]])[None].astype(np.int32)
-  out = Transformer(config).apply({"params": params}, tokens, np.ones_like(tokens), jnp.full(1, 2.0), state)
+  out = jax.jit(Transformer(config).apply)({"params": params}, tokens, np.ones_like(tokens), jnp.full(1, 2.0), state)
   after = out.logits_BLV[0, prompt_length - 1 : -1]
   np.testing.assert_array_equal(after.argmax(-1), [s.token for s in steps])
   want = jax.nn.log_softmax(after)[np.arange(12), tokens[0, prompt_length:]]
@@ -51,7 +59,7 @@ def test_decoding_equals_the_full_forward_pass(name, prompt_length):
 
 
 def test_a_seed_fixes_the_text_and_stop_ends_it():
-  generator = Generator(*make("dynamic_alibi"))
+  generator = generators("dynamic_alibi")
   prompt = np.array([1, 2, 3], np.int32)
 
   def text(**arguments):

@@ -1,6 +1,7 @@
 """The decoder: causal, dropless, independent of neighbours; scan, remat and types change nothing."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ def moe_layers(config):
   return config.model.num_layers - config.model.num_dense_layers
 
 
+@functools.cache
 def parameters(config, seed=0):
   """Random, the zeros too: counts must differ from token to token for these tests to say something."""
   token = jnp.ones((1, 4), jnp.int32)
@@ -40,12 +42,16 @@ def parameters(config, seed=0):
   return tree.unflatten([x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
 
 
+@functools.cache
+def jitted(config):
+  return jax.jit(Transformer(config).apply)
+
+
 def forward(config, variables, tokens, segments=None, **arguments):
   tokens = jnp.asarray(tokens, jnp.int32)
   segments = jnp.ones_like(tokens) if segments is None else jnp.asarray(segments, jnp.int32)
   state = initial_router_state(moe_layers(config), config.model.num_experts)
-  apply = jax.jit(Transformer(config).apply)
-  return apply(variables, tokens, segments, jnp.full(len(tokens), 2.0), state, **arguments)
+  return jitted(config)(variables, tokens, segments, jnp.full(len(tokens), 2.0), state, **arguments)
 
 
 def random_tokens(rows, length=LENGTH, seed=0):

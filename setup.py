@@ -23,7 +23,6 @@ setup(
     "numpy>=2.0,<3",
     "tensorboardX>=2.6,<3",
     "rich>=13,<16",
-    "matplotlib>=3.9,<4",
   ],
   extras_require={
     "tpu": ["jax[tpu]>=0.10,<0.13"],

@@ -66,7 +66,7 @@ class Checkpointer:
         raise UserError(f"{self._folder} cannot be written: {err.strerror or err}") from err
       # Where a directory cannot be made, Orbax's threads wait five minutes for one made in the background.
       in_front = ocp.AsyncOptions(create_directories_asynchronously=False)
-      options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=in_front)
+      options = ocp.CheckpointManagerOptions(async_options=in_front)
     self._manager = ocp.CheckpointManager(self._folder, options=options) if self._folder.is_dir() else None
 
   def save(self, step: int, state: object, meta: dict) -> None:
@@ -93,7 +93,7 @@ class Checkpointer:
     self._pending = step
     try:
       if step in self.steps():
-        self._manager.delete(step)
+        self._remove(step)
       # Forced, for Orbax skips without a word a step that is not above its newest.
       self._manager.save(step, args=items, force=True)
     except Exception as err:  # whatever the storage raises
@@ -150,8 +150,18 @@ class Checkpointer:
       self._manager.wait_until_finished()
     except Exception as err:  # whatever the storage raises
       raise self._failure(err) from err
-    self._mine.add(self._pending)
-    self._pending = None
+    step, self._pending = self._pending, None
+    self._mine.add(step)
+    # Later steps are of a continuation that was abandoned: left there, the next launch would resume from one.
+    older = [other for other in self.steps() if other < step]
+    later = [other for other in self.steps() if other > step]
+    try:
+      for doomed in later + older[: max(0, len(older) + 1 - self._keep)]:
+        self._remove(doomed)
+    except OSError as err:
+      raise RunError(
+        f"{self._folder} cannot be cleared of old steps ({err.strerror or err}); step {step} is good"
+      ) from err
 
   def close(self) -> None:
     """Waits, then lets go. Raises as `wait` does."""
@@ -167,6 +177,14 @@ class Checkpointer:
 
   def __exit__(self, *_) -> None:
     self.close()
+
+  def _remove(self, step: int) -> None:
+    # Under another name first: Orbax deletes in place, and killed at it leaves half a checkpoint that looks whole.
+    doomed = self._folder / f"{step}{_TEMPORARY}-removed"
+    (self._folder / str(step)).rename(doomed)
+    shutil.rmtree(doomed)
+    self._mine.discard(step)
+    self._manager.reload()
 
   def _read(self, step: int, **items: object) -> ocp.args.Composite:
     try:

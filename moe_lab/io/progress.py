@@ -97,14 +97,16 @@ class Progress:
     line = Text(f"{left} ", no_wrap=True, overflow="ellipsis")
     width = min(_BAR_WIDTH, self._console.width - len(left) - len(right) - 4)
     if width >= 4:  # a bar says nothing below that; a narrow terminal gets the numbers alone
-      line.append_text(_bar(self._step / max(self._total, 1), width, ascii_only=self._console.options.ascii_only))
+      # Done and to do are one character in two colours, so without colours they need two characters.
+      plain = self._console.options.ascii_only or self._console.no_color or self._console.color_system is None
+      line.append_text(_bar(self._step / max(self._total, 1), width, plain=plain))
     line.append(f" {right}")
     return line
 
 
-def _bar(share: float, width: int, *, ascii_only: bool) -> Text:
+def _bar(share: float, width: int, *, plain: bool) -> Text:
   halves = round(min(max(share, 0), 1) * 2 * width)
-  if ascii_only:
+  if plain:
     return Text("#" * (halves // 2) + "." * (width - halves // 2))
   full, half = divmod(halves, 2)
   return Text.assemble(("━" * full + "╸" * half, "cyan"), ("━" * (width - full - half), "bright_black"))

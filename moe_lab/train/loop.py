@@ -67,7 +67,7 @@ def train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_
     stop_at: leave as if preempted after this many steps; for tests of resuming.
 
   Returns:
-    The result: see DESIGN of the command-line contract in README.
+    The result: what the program prints as its last line.
 
   Raises:
     UserError: bad data, another run in `workdir`.
@@ -100,9 +100,10 @@ class _Training:
     state, step = self._start()
     train_step = make_train_step(self.config, self.model, self.optimizer)
     since, first, started = None, step, time.monotonic()
-    record = {}
     while step < config.steps:
       if self.preemption.requested or step == self.stop_at:
+        if since is not None:
+          self._log(step, state, since, first, started)
         self._save(step, state)
         self.checkpointer.wait()
         self.progress.note(f"stopped at step {step} of {config.steps}; the same command goes on from here")
@@ -110,18 +111,19 @@ class _Training:
       state, metrics = train_step(state, next(self.loader))
       since = metrics if since is None else merge(since, metrics)
       step += 1
-      log = step % config.log_every == 0 or step in (config.steps, self.config.routing.warmup_steps)
-      evaluating, saving = step % config.eval_every == 0, step % config.checkpoint_every == 0
-      if log or evaluating or saving or step == self.stop_at:
-        record = self._log(step, state, since, first, started)
+      log = step % config.log_every == 0 or step == self.config.routing.warmup_steps
+      evaluating = step % config.eval_every == 0 or step == config.steps
+      saving = step % config.checkpoint_every == 0 or step == config.steps
+      if log or evaluating or saving:
+        self._log(step, state, since, first, started)
         since = None
-        if evaluating and step < config.steps:
+        if evaluating:
           self._evaluate(step, state)
-        if saving or step == config.steps:
+        if saving:
           self._save(step, state)
         first, started = step, time.monotonic()
     self.checkpointer.wait()
-    return self._finish(state, record)
+    return self._finish(state)
 
   def _start(self) -> tuple[TrainState, int]:
     """Returns the state and the steps done: the newest checkpoint's, or the beginning."""
@@ -141,7 +143,8 @@ class _Training:
       meta = {"loader": self.loader.get_state(), "spent": self.ledger.spent, "fingerprint": self.data.fingerprint}
       self.checkpointer.save(step, state, meta)
 
-  def _log(self, step: int, state: TrainState, metrics: Metrics, first: int, started: float) -> dict:
+  def _log(self, step: int, state: TrainState, metrics: Metrics, first: int, started: float) -> None:
+    """Writes and shows the steps after `first`; stops the run when updates keep failing."""
     record = summarise(metrics)
     seconds = time.monotonic() - started
     self.ledger.add(record, metrics, first)
@@ -169,7 +172,6 @@ class _Training:
         f"the last good checkpoint is step {self.checkpointer.latest_step()}; "
         f"lower config.train.learning_rate = {self.config.train.learning_rate}"
       )
-    return record
 
   def _evaluate(self, step: int, state: TrainState) -> None:
     routing = self.config.routing
@@ -193,7 +195,7 @@ class _Training:
       f"step {step}: validation loss {result['loss']:.3f}, greedy experts {result['mean_experts']:.2f}"
     )
 
-  def _finish(self, state: TrainState, record: dict) -> dict:
+  def _finish(self, state: TrainState) -> dict:
     """Evaluates both held-out splits in full beside the bigram, writes evaluation.json, returns the result."""
     self.progress.note("evaluating on the held-out documents")
     report = held_out_report(self.config, self.data, self.eval_step, state.params, state.router_state)

@@ -136,7 +136,7 @@ def test_noise_task(tmp_path):
 
 
 def test_mistakes(tmp_path):
-  with pytest.raises(ConfigError, match=r"config.data.vocab_size = 2048: wanted 51, the vocabulary of synthetic:diff"):
+  with pytest.raises(ConfigError, match=r"config.data.vocab_size = 2048: wanted 27, the vocabulary of synthetic:diff"):
     open_data(DataConfig(sources=("synthetic:difficulty",)), tmp_path)
   with pytest.raises(ConfigError, match=r"config.data.sources = 'synthetic:dificulty': .*did you mean 'difficulty'"):
     open_data(DataConfig(sources=("synthetic:dificulty",)), tmp_path)

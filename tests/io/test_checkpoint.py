@@ -111,6 +111,33 @@ def test_saving_again(tmp_path):
     assert_same(got, make_state(4))
 
 
+def test_an_abandoned_continuation_goes_once_the_new_one_is_saved(tmp_path):
+  with Checkpointer(tmp_path, keep=2) as saver:
+    for step in (2, 4):
+      saver.save(step, make_state(step), {})
+  with Checkpointer(tmp_path, keep=2) as saver:
+    saver.restore(abstract(make_state()), step=2)
+    assert saver.steps() == [2, 4]
+    saver.save(3, make_state(3), {})
+    saver.wait()
+    # Step 4 would be resumed from in place of 3.
+    assert saver.steps() == [2, 3]
+
+
+def test_a_removal_that_was_killed_leaves_no_half_step(tmp_path, monkeypatch):
+  with Checkpointer(tmp_path, keep=1) as saver:
+    saver.save(1, make_state(), {})
+    saver.wait()
+    monkeypatch.setattr("shutil.rmtree", lambda path: None)  # killed here
+    saver.save(2, make_state(), {})
+  monkeypatch.undo()
+  assert saved_steps(tmp_path) == [2]
+  assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+  with Checkpointer(tmp_path, keep=1) as saver:
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    assert saver.restore(abstract(make_state()))[2] == 2
+
+
 def test_another_dtype_shape_or_leaf_is_refused(tmp_path):
   state = make_state()
   with Checkpointer(tmp_path, keep=1) as saver:

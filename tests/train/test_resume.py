@@ -24,7 +24,7 @@ from moe_lab.train.state import initial_state
 CONFIG = Config(
   model=ModelConfig(dim=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, num_experts=4, expert_dim=8),
   routing=RoutingConfig(k_max=4, warmup_steps=3, expert_dropout=0.0, bias_update_rate=0.01),
-  data=DataConfig(sources=("synthetic:difficulty",), vocab_size=51, seq_len=16),
+  data=DataConfig(sources=("synthetic:difficulty",), vocab_size=27, seq_len=16),
   train=TrainConfig(
     steps=8, batch_size=8, warmup_steps=2, log_every=2, eval_every=4, eval_batches=1, checkpoint_every=4
   ),

@@ -22,7 +22,7 @@ from moe_lab.errors import ConfigError
 from moe_lab.types import Batch
 
 CACHED_TOKENS = 256 * 1024 * 1024  # kept in memory by each source and split, two bytes each at V <= 65,536
-_SHUFFLED_TOKENS = 2**18  # rows are shuffled in windows of so many tokens
+_SHUFFLED_ROWS, _SHUFFLED_TOKENS = 1024, 2**18  # rows are shuffled in windows of at most so many rows and tokens
 _PAIRS_AT_ONCE = 1 << 20
 
 
@@ -118,7 +118,7 @@ class TextData:
     documents = documents.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     rows = ConcatThenSplitIterDataset(documents, length_struct={"tokens": self.config.seq_len + 1})
     # A document fills many rows; unmixed, a batch would be all but one document, and its gradient so much noise.
-    window = max(1, _SHUFFLED_TOKENS // self.config.seq_len)
+    window = max(1, min(_SHUFFLED_ROWS, _SHUFFLED_TOKENS // self.config.seq_len))
     rows = WindowShuffleIterDataset(rows, window_size=window, seed=self.config.seed)
     return Loader(rows.map(self._row), batch_size, self._identity())
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_lab.config.schema import DataConfig
-from moe_lab.data import ngram
+from moe_lab.data import ngram, text
 from moe_lab.data.loader import open_data
 from moe_lab.data.splits import SPLITS
 from moe_lab.errors import ConfigError, UserError
@@ -64,7 +64,8 @@ def test_shapes_segments_and_classes(data):
   assert (np.diff(segments) == (tokens[:, 1:] == data.tokenizer.bos_id)).all()
 
 
-def test_an_epoch_holds_each_training_document_once_and_the_next_is_shuffled_anew(data):
+def test_an_epoch_holds_each_training_document_once_and_the_next_is_shuffled_anew(data, monkeypatch):
+  monkeypatch.setattr(text, "_SHUFFLED_ROWS", 1)  # rows as packed, or documents could not be read off them
   count = data.manifest[0]["splits"]["train"]
   loader = data.train_loader(2)
   documents = documents_of(data, [next(loader) for _ in range(150)])
@@ -150,7 +151,8 @@ def test_training_pairs_are_those_of_whole_documents(data):
   assert not (next_ == data.tokenizer.bos_id).any() and not (prev == data.tokenizer.eos_id).any()
 
 
-def test_documents_mix_by_weight(root, tmp_path):
+def test_documents_mix_by_weight(root, tmp_path, monkeypatch):
+  monkeypatch.setattr(text, "_SHUFFLED_ROWS", 1)
   first = write_corpus(tmp_path / "first", 40, "first ", 1, words=12)
   second = write_corpus(tmp_path / "second", 90, "second ", 2, words=12)
 
@@ -209,3 +211,17 @@ def test_the_standard_library_end_to_end(root):
   assert {entry["source"] for entry in data.manifest} == {"stdlib"}
   tokens = np.concatenate([next(loader).tokens for _ in range(30)])
   assert data.tokenizer.bytes_per_token()[tokens].mean() > 2.4
+
+
+def test_rows_are_shuffled_in_a_window_and_none_is_lost(data, monkeypatch):
+  def rows(count):
+    loader = data.train_loader(2)
+    return [tuple(row) for _ in range(count // 2) for row in next(loader).tokens]
+
+  shuffled = rows(512)
+  assert shuffled == rows(512)
+  monkeypatch.setattr(text, "_SHUFFLED_ROWS", 1)
+  packed = rows(512)
+  assert shuffled != packed
+  monkeypatch.setattr(text, "_SHUFFLED_ROWS", 128)
+  assert sorted(rows(512)) == sorted(packed)

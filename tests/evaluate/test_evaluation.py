@@ -24,11 +24,10 @@ CONFIG = Config(
 def setting():
   state, token = initial_router_state(2, 5), jnp.ones((1, 4), jnp.int32)
   model = Transformer(CONFIG)
-  params = model.init(jax.random.key(0), token, token, jnp.full(1, 2.0), state)["params"]
-  # Counts that differ from token to token.
-  moe = params["moe_layers"]["moe"]
-  moe["policy_out"] = jax.random.normal(jax.random.key(1), moe["policy_out"].shape)
   rng = np.random.default_rng(0)
+  # Random, the policy too: counts differ from token to token. Only shapes are asked of `init`, which is slow to run.
+  shapes = jax.eval_shape(model.init, jax.random.key(0), token, token, jnp.full(1, 2.0), state)
+  params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), leaf.dtype), shapes)["params"]
   batches = []
   for last in (False, True):
     tokens, segments = rng.integers(0, 30, (4, 12)).astype(np.int32), np.ones((4, 12), np.int32)

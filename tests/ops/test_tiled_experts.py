@@ -10,23 +10,26 @@ from moe_lab.ops.tiled_experts import tiled_experts
 TOKENS, DIM, HIDDEN, TILE, ROWS = 5, 3, 4, 2, 12
 
 
+@jax.jit
+def values_and_gradients(x_TD, weights, gate_R, token_R, row_TK, dy_TD):
+  def call(x_TD, weights, gate_R):
+    return tiled_experts(x_TD, weights, gate_R, token_R, row_TK, jnp.asarray([2, 0, 4]), TILE)
+
+  y_TD, backward = jax.vjp(call, x_TD, weights, gate_R)
+  return y_TD, backward(dy_TD)
+
+
 def run(garbage):
   """Expert 0 gets tokens 0 and 2, expert 2 tokens 1, 3 and 2; token 4 gets none. Rows 6.. are beyond all groups."""
   token_R = np.array([0, 2, 1, 3, 2, TOKENS] + [garbage["token"]] * 6, np.int32)
   gate_R = np.array([0.5, 0.25, 1.0, 0.75, 0.5, 0.0] + [garbage["gate"]] * 6, np.float32)
   row_TK = np.array([[0, ROWS], [2, ROWS], [1, 4], [3, ROWS], [ROWS, ROWS]], np.int32)
-  keys = jax.random.split(jax.random.key(0), 5)
-  shapes = ((3, DIM, HIDDEN), (3, DIM, HIDDEN), (3, HIDDEN, DIM))
-  weights = ExpertWeights(*(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=False)))
-  # The middle expert has no rows: what it holds can have no effect.
-  weights = ExpertWeights(*(w.at[1].set(garbage["idle"]) for w in weights))
-  x_TD, dy_TD = (jax.random.normal(key, (TOKENS, DIM)) for key in keys[3:])
-
-  def call(x_TD, weights, gate_R):
-    return tiled_experts(x_TD, weights, gate_R, token_R, row_TK, jnp.asarray([2, 0, 4]), TILE)
-
-  y_TD, backward = jax.vjp(call, x_TD, weights, jnp.asarray(gate_R))
-  return y_TD, backward(dy_TD)
+  rng = np.random.default_rng(0)
+  shapes = ((3, DIM, HIDDEN), (3, DIM, HIDDEN), (3, HIDDEN, DIM), (TOKENS, DIM), (TOKENS, DIM))
+  *weights, x_TD, dy_TD = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+  for weight in weights:  # the middle expert has no rows: what it holds can have no effect
+    weight[1] = garbage["idle"]
+  return values_and_gradients(x_TD, ExpertWeights(*weights), gate_R, token_R, row_TK, dy_TD)
 
 
 def test_rows_beyond_the_groups_and_idle_experts_are_never_read():

@@ -1,5 +1,6 @@
 """Generation computes what the training forward pass does, token by token."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe_lab.config.schema import Config, DataConfig, ModelConfig, RoutingConfig
+from moe_lab.infer.cache import empty_cache
 from moe_lab.infer.generate import Generator
 from moe_lab.infer.sampling import sample
 from moe_lab.nn.transformer import Transformer
@@ -56,6 +58,24 @@ def test_decoding_equals_the_full_forward_pass(name, prompt_length):
 
   logits_V, *_ = generator.prefill(prompt, 128, 2.0)
   np.testing.assert_allclose(logits_V, after[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_prompt_may_come_in_chunks(name):
+  # 7 tokens, then 7 more from position 7 on, which see the first through the cache; blocks of 4 divide neither.
+  config, params, state = make(name)
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention_block=4))
+  tokens = np.random.default_rng(1).integers(0, VOCAB, (2, 14)).astype(np.int32)
+  forward = jax.jit(Transformer(config).apply)
+
+  def logits(tokens, **arguments):
+    out = forward({"params": params}, tokens, np.ones_like(tokens), jnp.full(2, 2.0), state, **arguments)
+    return out.logits_BLV, out.cache
+
+  whole, _ = logits(tokens)
+  first, cache = logits(tokens[:, :7], cache=empty_cache(config.model, 2, 18), offset=0)
+  second, _ = logits(tokens[:, 7:], cache=cache, offset=7)
+  np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), whole, atol=1e-4)
 
 
 def test_a_seed_fixes_the_text_and_stop_ends_it():

@@ -55,13 +55,14 @@ def test_a_larger_budget_gives_larger_counts(make_context):
 
 @pytest.mark.parametrize("policy_input", ["hidden", "token"])
 def test_the_policy_reads_what_it_should_and_teaches_nothing_but_itself(make_context, policy_input):
-  router, parameters, x_TD = parts(policy_out=1.0, policy_input=policy_input)
+  router, parameters, x_TD = parts(policy_out=1.0, policy_input=policy_input, baseline="value")
+  parameters["value_out"] += 1.0
   embedding_TD = jax.random.normal(jax.random.key(9), x_TD.shape)
 
   def policy_terms(parameters, x_TD, embedding_TD):
     context = make_context(TOKENS, 6)._replace(embedding_TD=embedding_TD)
     terms = router(parameters, x_TD, context)[1].policy
-    return terms.log_prob_T.sum() + terms.expected_count_T.sum() + terms.entropy_T.sum()
+    return terms.log_prob_T.sum() + terms.expected_count_T.sum() + terms.entropy_T.sum() + terms.value_T.sum()
 
   def gates(parameters, x_TD, embedding_TD):
     assignment = router(parameters, x_TD, make_context(TOKENS, 6)._replace(embedding_TD=embedding_TD))[0]
@@ -69,7 +70,7 @@ def test_the_policy_reads_what_it_should_and_teaches_nothing_but_itself(make_con
 
   d_parameters, dx_TD, d_embedding_TD = jax.grad(policy_terms, argnums=(0, 1, 2))(parameters, x_TD, embedding_TD)
   assert not dx_TD.any() and not d_embedding_TD.any() and not d_parameters["router_DE"].any()
-  assert d_parameters["policy_in"].any()
+  assert d_parameters["policy_in"].any() and d_parameters["value_in"].any()
   d_parameters, dx_TD = jax.grad(gates, argnums=(0, 1))(parameters, x_TD, embedding_TD)
   assert dx_TD.any() and d_parameters["router_DE"].any() and not d_parameters["policy_in"].any()
 

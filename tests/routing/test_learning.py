@@ -54,6 +54,33 @@ def test_the_policy_gradient_is_unbiased():
   np.testing.assert_allclose(mean, jax.grad(exact)(logits_A), atol=1e-6)
 
 
+def test_leave_one_out_over_two_tokens_is_unbiased():
+  # The first token's loss follows from its count, the second's from both; with discount 1 a decision is credited with
+  # all that it touches. Over the 16 outcomes of two rollouts of two tokens with two counts the mean gradient must be
+  # that of the expected loss: 1/4 (the mean over tokens) of two rollouts' worth, in units of the scale.
+  first_A, second_AA, scale = jnp.asarray([0.5, 1.5]), jnp.asarray([[0.2, 2.0], [1.0, -0.7]]), 0.5
+  ones = jnp.ones(4)
+
+  def sampled(logits_LA, action_BL):
+    log_prob_LA = jax.nn.log_softmax(logits_LA)
+    log_prob_T = log_prob_LA[jnp.arange(2), action_BL].reshape(-1)
+    nll_BL = jnp.stack([first_A[action_BL[:, 0]], second_AA[action_BL[:, 0], action_BL[:, 1]]], axis=1)
+    credit_BL = credited_loss(nll_BL, jnp.ones((2, 2)), jnp.ones((2, 2), jnp.int32), 1.0)
+    advantage_T = leave_one_out_advantage(credit_BL, 1).reshape(-1)
+    terms = PolicyTerms(log_prob_T[None], ones[None], ones[None], ones[None], None)
+    chance = jax.lax.stop_gradient(jnp.exp(log_prob_T.sum()))
+    return chance * policy_losses(terms, advantage_T, ones, ones, 0.0, scale, 0.0)["policy"]
+
+  def exact(logits_LA):
+    first, second = jax.nn.softmax(logits_LA)
+    return (first @ first_A + first @ second_AA @ second) / (2 * scale)
+
+  logits_LA = jnp.asarray([[0.3, -0.5], [1.0, 0.2]])
+  outcomes = jnp.asarray(list(np.ndindex(2, 2, 2, 2))).reshape(16, 2, 2)
+  gradient = jax.jit(jax.grad(lambda logits: jax.vmap(sampled, (None, 0))(logits, outcomes).sum()))
+  np.testing.assert_allclose(gradient(logits_LA), jax.grad(exact)(logits_LA), atol=1e-6)
+
+
 def test_entropy_floor_acts_on_a_layers_mean_and_only_below():
   # Layer 0 has entropies 0.2 and 0.4 of two real tokens (the third is padding): mean 0.3, 0.2 under the floor of 0.5.
   entropy_ZT = jnp.asarray([[0.2, 0.4, 0.0], [0.9, 0.3, 0.0]])

@@ -134,7 +134,6 @@ def dispatch(
     backend: dense | capacity | ragged | auto (ragged).
     capacity: C, rows per expert; `capacity` only. Later tokens are dropped first.
     tile: rows per tile; `ragged` only. By default `default_tile`.
-
     experts: what computes the rows of `ragged`: tiles (CPU) | ragged_dot (GPU, TPU) | reference | auto.
 
   Returns:

@@ -114,6 +114,16 @@ def test_the_controller_holds_the_budget_of_a_policy_that_answers_late(mode, wis
       assert count == pytest.approx(1.96, rel=0.02)  # two per cent under
 
 
+def test_slack_gives_credit_only_where_the_budget_is_met_exactly():
+  # One step at 1 expert of 2: the mean goes to 0.8 * 2 + 0.2 * 1 = 1.8. Exactly: the integral moves by
+  # 0.02 * (1.8 - 2) / 2 = -0.002, the pressure is -0.002 - 0.1, the price that times 0.5 nats. At most: no credit.
+  for mode, integral, price in (("exactly", -0.002, -0.051), ("at_most", 0.0, 0.002)):
+    config = RoutingConfig(budget=2.0, budget_mode=mode, lambda_min=0.002)
+    state = budget_control.updated(budget_control.initial_budget_state(config), config, 1.0, 0.5)
+    assert state.mean == pytest.approx(1.8) and state.integral == pytest.approx(integral, abs=1e-8)
+    assert budget_control.price(state, config) == pytest.approx(price, rel=1e-5)
+
+
 def test_the_scale_starts_with_the_first_observation():
   assert budget_control.updated_scale(jnp.zeros(()), 0.25) == 0.5
   assert budget_control.updated_scale(jnp.asarray(1.0), 4.0) == pytest.approx(0.95 + 0.05 * 2)

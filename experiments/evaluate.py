@@ -17,18 +17,16 @@ flags.DEFINE_string("split", "test", "Which documents: train, validation or test
 flags.DEFINE_float("budget", None, "Mean experts to ask for; by default the trained budget.", flag_values=FLAGS)
 flags.DEFINE_integer("step", None, "Which checkpoint; by default the newest.", flag_values=FLAGS)
 
-SPLITS = ("train", "validation", "test")
-
 
 def main(workdir: Path) -> dict:
   """Returns the evaluation of the newest (or the asked) checkpoint in `workdir`."""
   from moe_lab.data.loader import open_data
-  from moe_lab.evaluate.held_out import held_out_report
+  from moe_lab.evaluate.held_out import SHORT, held_out_report
   from moe_lab.evaluate.perplexity import make_eval_step
   from moe_lab.train.load import load_model
 
-  if FLAGS.split not in SPLITS:
-    raise UserError(f"--split={FLAGS.split}: wanted one of {', '.join(SPLITS)}{did_you_mean(FLAGS.split, SPLITS)}")
+  if FLAGS.split not in SHORT:
+    raise UserError(f"--split={FLAGS.split}: wanted one of {', '.join(SHORT)}{did_you_mean(FLAGS.split, SHORT)}")
   loaded = load_model(workdir, FLAGS.step, FLAGS.budget)
   data = open_data(loaded.config.data, program.cache_dir())
   loaded.check_fingerprint(data.fingerprint)
@@ -37,8 +35,7 @@ def main(workdir: Path) -> dict:
     budget=loaded.budget, splits=(FLAGS.split,),
   )  # fmt: skip
   del report["passage"]
-  loss = report.pop(f"{FLAGS.split}_loss")
-  return {"val_loss": loss} | report | {"step": loaded.step, "workdir": workdir}
+  return {"val_loss": report.pop(f"{SHORT[FLAGS.split]}_loss")} | report | {"step": loaded.step, "workdir": workdir}
 
 
 if __name__ == "__main__":

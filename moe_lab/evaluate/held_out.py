@@ -7,6 +7,8 @@ from moe_lab.evaluate.passage import passage
 from moe_lab.evaluate.perplexity import EvalStep, evaluate
 from moe_lab.routing.base import RouterState
 
+SHORT = {"train": "train", "validation": "val", "test": "test"}  # of a split's name, in the keys of a report
+
 
 def held_out_report(
   config: Config,
@@ -27,7 +29,6 @@ def held_out_report(
   """
   if budget is None:
     budget = config.routing.budget if config.routing.method == "dynamic" else float(config.routing.k)
-  short = {"validation": "val", "test": "test"}
   report, batch_size = {}, config.train.batch_size
   for split in splits:
     result = evaluate(
@@ -40,9 +41,9 @@ def held_out_report(
       slots=config.routing.slots,
       bytes_per_token=data.tokenizer.bytes_per_token() if data.tokenizer else None,
     )
-    report[f"{short[split]}_loss"] = result.pop("loss")
-    report[f"{short[split]}_bits_per_byte"] = result["bits_per_byte"]
-    report[f"{short[split]}_mean_experts"] = result["mean_experts"]
+    report[f"{SHORT[split]}_loss"] = result.pop("loss")
+    report[f"{SHORT[split]}_bits_per_byte"] = result["bits_per_byte"]
+    report[f"{SHORT[split]}_mean_experts"] = result["mean_experts"]
     report |= result | {"split": split}
   # Documents are shorter than rows as often as not; half a row is the fair guess, and exact for a full one.
   report["flops_per_token"] = forward_flops_per_token(config, report["mean_experts"], config.data.seq_len / 2)["total"]

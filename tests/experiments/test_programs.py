@@ -105,7 +105,7 @@ TEXT = ("--config.data.sources=text:text", "--workdir=new")
     ("train", (*TEXT, "--config.routing.budgt=3"), ("budgt", "budget")),
     ("train", (*TEXT[:1], "--config.train.steps=7", "--workdir=run"), ("config.train.steps", "7", "6")),
     ("train", (*TEXT[:1], "--workdir=text"), ("--workdir", "text")),
-    ("train", ("--config.data.sources=text:more", "--workdir=run"), ("run",)),
+    ("train", ("--config.data.sources=text:more", "--workdir=run"), ("config.data.sources", "run")),
     ("evaluate", ("--workdir=runn",), ("runn", "run")),
     ("evaluate", ("--workdir=run", "--step=5"), ("step 5", "6")),
     ("evaluate", ("--workdir=run", "--split=tset"), ("tset", "test")),
@@ -119,7 +119,8 @@ def test_a_mistake_is_one_line_and_changes_nothing(place, name, arguments, words
   (place / "latin1").mkdir(exist_ok=True)
   (place / "latin1" / "bad.txt").write_bytes("caf\u00e9 ".encode("latin-1") * 100)
   (place / "more").mkdir(exist_ok=True)
-  (place / "more" / "a.txt").write_text("other words entirely\n" * 5000)
+  for index in range(40):
+    (place / "more" / f"{index}.txt").write_text("".join(f"other {index} words {n} entirely\n" for n in range(200)))
   before = files(place / "run")
   process = program(place, name, *(SMALL if name == "train" else ()), *arguments)
   assert process.returncode in (1, 2) and process.stdout == ""

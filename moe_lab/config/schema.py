@@ -111,13 +111,7 @@ class RoutingConfig:
     _check_choice("routing.baseline", self.baseline, ("leave_one_out", "value"))
     _check_range("routing.second_rollouts", self.second_rollouts, 0, 1, open_low=self.baseline == "leave_one_out")
     _check_range("routing.warmup_steps", self.warmup_steps, 0)
-    for name in (
-      "entropy_floor",
-      "lambda_min",
-      "load_balance_weight",
-      "z_loss_weight",
-      "bias_update_rate",
-    ):
+    for name in ("lambda_min", "load_balance_weight", "z_loss_weight", "bias_update_rate"):
       _check_range(f"routing.{name}", getattr(self, name), 0)
     _check_range("routing.entropy_floor", self.entropy_floor, 0, 0.95)
     _check_range("routing.credit_discount", self.credit_discount, 0, 0.99)

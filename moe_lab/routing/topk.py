@@ -1,7 +1,8 @@
 """Fixed top-k routing: every token gets its k best experts.
 
-k = 1 is Switch (arXiv 2101.03961) with a gate of one; k = 2 with the softmax
-over the chosen is Mixtral (arXiv 2401.04088).
+The softmax over the chosen with k = 2 is Mixtral (arXiv 2401.04088). With k = 1
+it is the constant one, through which the router learns from its balance losses
+only; Switch (arXiv 2101.03961) scales by the probability over all experts.
 """
 
 import dataclasses

@@ -62,7 +62,7 @@ def main(workdir: Path) -> dict:
     budget=loaded.budget, stop=tokenizer.eos_id,
   ):  # fmt: skip
     steps.append(step)
-    text = tokenizer.decode(tokenizer.encode(FLAGS.prompt).tolist() + [s.token for s in steps])
+    text = tokenizer.decode(prompt[1:].tolist() + [s.token for s in steps])
     if text.endswith("\ufffd"):
       continue  # the rest of the character is still to come
     new, shown = text[len(shown) :], text

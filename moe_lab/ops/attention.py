@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from moe_lab.ops.blocked_attention import blocked_attention
-
-MASKED = -1e30  # finite, so that a row without keys gives numbers and not NaN
+from moe_lab.ops.blocked_attention import MASKED, blocked_attention
 
 
 def reference_attention(q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS, offset):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-MASKED = -1e30
+MASKED = -1e30  # finite, so that a row without keys gives numbers and not NaN
 
 
 def _pad_length(x, multiple: int, axis: int, value=0):
@@ -30,10 +30,10 @@ def _add_at(x, update, index, block: int, axis: int):
   return jax.lax.dynamic_update_slice_in_dim(x, _cut(x, index, block, axis) + update, index * block, axis)
 
 
-def _block_logits(q, k, slope_M, segment_q, segment_k, first_q, first_k, block):
-  """Masked fp32 logits [B, M, G, block, block] of one block of queries and one of keys."""
+def _block_logits(q, k, slope_M, segment_q, segment_k, lead):
+  """Masked fp32 logits [B, M, G, block, block]; the first query stands `lead` positions after the first key."""
   logits = jnp.einsum("BMGLH,BMSH->BMGLS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-  distance = (first_q + jnp.arange(block))[:, None] - (first_k + jnp.arange(block))[None, :]
+  distance = lead + jnp.arange(q.shape[3])[:, None] - jnp.arange(k.shape[2])[None, :]
   logits -= slope_M[:, None, None, None] * distance.astype(jnp.float32)
   seen = (distance >= 0) & (segment_q[:, :, None] == segment_k[:, None, :])
   return jnp.where(seen[:, None, None], logits, MASKED)
@@ -59,9 +59,7 @@ def _forward(q, k, v, slope_M, segment_q, segment_k, offset, block):
         slope_M,
         segment_q_block,
         _cut(segment_k, index_k, block, 1),
-        offset + index_q * block,
-        index_k * block,
-        block,
+        offset + (index_q - index_k) * block,
       )
       new_highest = jnp.maximum(highest, logits.max(-1))
       weights = jnp.exp(logits - new_highest[..., None])
@@ -116,9 +114,7 @@ def _attend_backward(block, saved, d_out):
         slope_M,
         segment_q_block,
         _cut(segment_k, index_k, block, 1),
-        offset + index_q * block,
-        index_k * block,
-        block,
+        offset + (index_q - index_k) * block,
       )
       weights = jnp.exp(logits - log_denominator_block[..., None])
       d_weights = jnp.einsum("BMGLH,BMSH->BMGLS", d_out_block, v_block, preferred_element_type=jnp.float32)

@@ -151,13 +151,7 @@ class _Training:
     dynamic = self.config.routing.method == "dynamic"
     budget = self.config.routing.budget if dynamic else None
     speed = self.ledger.tokens_per_step * (step - first) / seconds
-    position = {
-      "kind": "train",
-      "step": step,
-      "tokens": self.ledger.spent["tokens"],
-      "flops": self.ledger.spent["flops"],
-    }
-    record = position | record | {"tokens_per_second": speed, "budget": budget}
+    record = self._position("train", step) | record | {"tokens_per_second": speed, "budget": budget}
     if not dynamic:
       record = {k: v for k, v in record.items() if k not in ("greedy_experts", "price", "policy_entropy", "advantage")}
     self.writer.write(record)
@@ -173,6 +167,10 @@ class _Training:
         f"lower config.train.learning_rate = {self.config.train.learning_rate}"
       )
 
+  def _position(self, kind: str, step: int) -> dict:
+    """The fields that every record begins with."""
+    return {"kind": kind, "step": step, "tokens": self.ledger.spent["tokens"], "flops": self.ledger.spent["flops"]}
+
   def _evaluate(self, step: int, state: TrainState) -> None:
     routing = self.config.routing
     result = evaluate(
@@ -184,13 +182,9 @@ class _Training:
       class_names=self.data.class_names,
       slots=routing.slots,
     )
-    position = {
-      "kind": "eval",
-      "step": step,
-      "tokens": self.ledger.spent["tokens"],
-      "flops": self.ledger.spent["flops"],
-    }
-    self.writer.write(position | {"val_loss": result["loss"], "mean_experts": result["mean_experts"]})
+    self.writer.write(
+      self._position("eval", step) | {"val_loss": result["loss"], "mean_experts": result["mean_experts"]}
+    )
     self.progress.note(
       f"step {step}: validation loss {result['loss']:.3f}, greedy experts {result['mean_experts']:.2f}"
     )

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe_lab.ops.row_sum import row_sum
+
 
 def scaled_normal(std: float):
   """Truncated normal with the given standard deviation; zeros for 0."""
@@ -13,7 +15,7 @@ def scaled_normal(std: float):
 def rms_normalise(x: jax.Array) -> jax.Array:
   """Divides by the root mean square over the last axis, in float32 (arXiv 1910.07467)."""
   x = x.astype(jnp.float32)
-  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+  return x * jax.lax.rsqrt(row_sum(jnp.square(x))[..., None] / x.shape[-1] + 1e-6)
 
 
 class RMSNorm(nn.Module):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from moe_lab.ops.row_sum import row_sum
+
 MASKED = -1e30  # finite, so that a row without keys gives numbers and not NaN
 
 
@@ -67,7 +69,7 @@ def _forward(q, k, v, slope_M, segment_q, segment_k, offset, block):
       values = jnp.einsum(
         "BMGLS,BMSH->BMGLH", weights.astype(v.dtype), _cut(v, index_k, block, 2), preferred_element_type=jnp.float32
       )
-      return out * scale[..., None] + values, denominator * scale + weights.sum(-1), new_highest
+      return out * scale[..., None] + values, denominator * scale + row_sum(weights), new_highest
 
     rows = q_block.shape[:-1]
     start = (jnp.zeros(q_block.shape, jnp.float32), jnp.zeros(rows), jnp.full(rows, MASKED))
@@ -94,16 +96,15 @@ def _attend_backward(block, saved, d_out):
   q, k, v, slope_M, segment_q, segment_k, offset, out, log_denominator = saved
   num_key_blocks = k.shape[2] // block
   scale = q.shape[-1] ** -0.5
-  # Row sums of d_weights * weights: the softmax's own correction (FlashAttention, section 3.1).
-  correction = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
   def one_query_block(d_keys_values, index_q):
     q_block, d_out_block = _cut(q, index_q, block, 3), _cut(d_out, index_q, block, 3)
+    q_turned, d_out_turned = q_block.mT, d_out_block.mT
     segment_q_block = _cut(segment_q, index_q, block, 1)
-    log_denominator_block, correction_block = (
-      _cut(log_denominator, index_q, block, 3),
-      _cut(correction, index_q, block, 3),
-    )
+    log_denominator_block = _cut(log_denominator, index_q, block, 3)
+    # Row sums of d_weights * weights: the softmax's own correction (FlashAttention, section 3.1).
+    out_block = _cut(out, index_q, block, 3).astype(jnp.float32)
+    correction_block = row_sum(d_out_block.astype(jnp.float32) * out_block)
 
     def visit(index_k, carry):
       d_q, d_k, d_v = carry
@@ -120,21 +121,22 @@ def _attend_backward(block, saved, d_out):
       d_weights = jnp.einsum("BMGLH,BMSH->BMGLS", d_out_block, v_block, preferred_element_type=jnp.float32)
       d_logits = (weights * (d_weights - correction_block[..., None]) * scale).astype(q.dtype)
       d_q += jnp.einsum("BMGLS,BMSH->BMGLH", d_logits, k_block, preferred_element_type=jnp.float32)
-      d_k_block = jnp.einsum("BMGLS,BMGLH->BMSH", d_logits, q_block, preferred_element_type=jnp.float32)
+      # Transposed: the small factor is turned for the dot, where CPU would turn the block of logits.
+      d_k_block = jnp.einsum("BMGHL,BMGLS->BMHS", q_turned, d_logits, preferred_element_type=jnp.float32)
       d_v_block = jnp.einsum(
-        "BMGLS,BMGLH->BMSH", weights.astype(q.dtype), d_out_block, preferred_element_type=jnp.float32
+        "BMGHL,BMGLS->BMHS", d_out_turned, weights.astype(q.dtype), preferred_element_type=jnp.float32
       )
-      return d_q, _add_at(d_k, d_k_block, index_k, block, 2), _add_at(d_v, d_v_block, index_k, block, 2)
+      return d_q, _add_at(d_k, d_k_block, index_k, block, 3), _add_at(d_v, d_v_block, index_k, block, 3)
 
     start = (jnp.zeros(q_block.shape, jnp.float32), *d_keys_values)
     d_q, d_k, d_v = jax.lax.fori_loop(0, _last_block(offset, index_q, block, num_key_blocks), visit, start)
     return (d_k, d_v), d_q
 
-  start = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+  start = (jnp.zeros(k.mT.shape, jnp.float32), jnp.zeros(v.mT.shape, jnp.float32))
   (d_k, d_v), d_q = jax.lax.scan(one_query_block, start, jnp.arange(q.shape[3] // block))
   d_q = rearrange(d_q, "i B M G L H -> B M G (i L) H")
   # Slopes are constants, segments and offset integers: no gradient.
-  return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), jnp.zeros_like(slope_M), None, None, None
+  return d_q.astype(q.dtype), d_k.mT.astype(k.dtype), d_v.mT.astype(v.dtype), jnp.zeros_like(slope_M), None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

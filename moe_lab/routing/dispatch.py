@@ -1,58 +1,63 @@
 """Moves tokens to their experts and back.
 
 `dense` computes every expert on every token: the reference. The other two
-lay the (token, expert) rows out by expert and differ only in where an
-expert's rows begin: `capacity` gives each a fixed number of rows and drops
-what does not fit; `ragged` packs them in tiles, drops nothing, and computes
-only the tiles in use.
+begin with one sort that puts the (token, slot) pairs in use in order of their
+experts: `capacity` gives each expert a fixed number of rows and drops what
+does not fit; `ragged` computes exactly the rows in use, drops nothing, and has
+room for every slot of every token, so its shapes never change.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_lab.ops.grouped_mlp import ExpertWeights, grouped_mlp, swiglu
-from moe_lab.ops.tiled_experts import tiled_experts
+from moe_lab.ops.tiled_experts import tile_sizes, tiled_experts
 from moe_lab.routing.base import Assignment
 
 
-class RowLayout(NamedTuple):
-  """Where each (token, slot) stands in the buffer of R rows, and back.
+class SortedRows(NamedTuple):
+  """The pairs in use, in order of their experts and then of their tokens; R = T * K.
 
   Attributes:
-    row_TK: int32; R where the slot is unused or dropped.
+    pair_R: int32, token * K + slot of each row; the pairs not in use come last.
+    rows_E: int32, rows of each expert.
+  """
+
+  pair_R: jax.Array
+  rows_E: jax.Array
+
+
+class RowLayout(NamedTuple):
+  """Where each (token, slot) stands in a buffer of rows, and back.
+
+  Attributes:
+    row_TK: int32; the number of rows where the slot is unused or dropped.
     token_R: int32; T where the row is empty.
-    slot_R: int32, the slot of the row's token; 0 where empty.
   """
 
   row_TK: jax.Array
   token_R: jax.Array
-  slot_R: jax.Array
 
 
-def _rank_in_expert(assignment: Assignment, num_experts: int):
-  """Numbers the valid rows of each expert by token; returns rank_TK and rows_E."""
-  expert_X = jnp.where(assignment.valid_TK, assignment.expert_TK, num_experts).reshape(-1)
-  taken_XE = jax.nn.one_hot(expert_X, num_experts, dtype=jnp.int32)
-  before_XE = jnp.cumsum(taken_XE, axis=0) - taken_XE
-  return (before_XE * taken_XE).sum(-1).reshape(assignment.expert_TK.shape), taken_XE.sum(0)
-
-
-def _lay_out(assignment: Assignment, rank_TK, kept_TK, start_E, num_rows: int) -> RowLayout:
-  num_tokens, slots = assignment.expert_TK.shape
-  row_TK = jnp.where(kept_TK, start_E[assignment.expert_TK] + rank_TK, num_rows)
-  token_TK, slot_TK = jnp.indices((num_tokens, slots), dtype=jnp.int32)
-  flat = row_TK.reshape(-1)
-  token_R = jnp.full(num_rows, num_tokens, jnp.int32).at[flat].set(token_TK.reshape(-1), mode="drop")
-  slot_R = jnp.zeros(num_rows, jnp.int32).at[flat].set(slot_TK.reshape(-1), mode="drop")
-  return RowLayout(row_TK, token_R, slot_R)
+def sort_rows(assignment: Assignment, num_experts: int) -> SortedRows:
+  """Sorts the pairs by expert; those not valid go to the end."""
+  expert_R = jnp.where(assignment.valid_TK, assignment.expert_TK, num_experts).reshape(-1)
+  pairs = expert_R.size
+  rows_E = jnp.bincount(expert_R, length=num_experts).astype(jnp.int32)
+  if (num_experts + 1) * pairs < 2**32:
+    # Expert and pair in one number: a plain sort of it takes a third of a stable sort of two arrays.
+    key_R = expert_R.astype(jnp.uint32) * pairs + jnp.arange(pairs, dtype=jnp.uint32)
+    pair_R = (jax.lax.sort(key_R, is_stable=False) % pairs).astype(jnp.int32)
+  else:
+    pair_R = jnp.argsort(expert_R, stable=True).astype(jnp.int32)
+  return SortedRows(pair_R, rows_E)
 
 
 # The two movements are each other's transpose. Spelt out, both directions are
-# gathers; left to autodiff, one of them would be a scatter-add, slow on CPU and
-# in no fixed order on GPU.
+# gathers; left to autodiff, one of them would be a scatter-add, in no fixed
+# order on GPU.
 
 
 @jax.custom_vjp
@@ -71,8 +76,17 @@ _to_rows.defvjp(lambda x, layout: (_to_rows(x, layout), layout), lambda layout, 
 _to_tokens.defvjp(lambda y, layout: (_to_tokens(y, layout), layout), lambda layout, dx: (_to_rows(dx, layout), None))
 
 
-def _gate_of_row(gate_TK, layout: RowLayout):
-  return gate_TK.at[layout.token_R, layout.slot_R].get(mode="fill", fill_value=0)
+def _lay_out(pair_R, used_R, num_tokens: int, slots: int) -> RowLayout:
+  """The layout of rows that hold the given pairs, where used."""
+  row_TK = jnp.full(num_tokens * slots, pair_R.size, jnp.int32)
+  row_TK = row_TK.at[jnp.where(used_R, pair_R, row_TK.size)].set(jnp.arange(pair_R.size), mode="drop")
+  return RowLayout(row_TK.reshape(num_tokens, slots), jnp.where(used_R, pair_R // slots, num_tokens))
+
+
+def _gate_of_row(gate_TK, pair_R, used_R):
+  # Rows that are not used must not share a pair with one that is: the gradient adds without order.
+  pair_R = jnp.where(used_R, pair_R, gate_TK.size + jnp.arange(pair_R.size))
+  return gate_TK.reshape(-1).at[pair_R].get(mode="fill", fill_value=0, unique_indices=True)
 
 
 def _dense(x_TD, assignment: Assignment, weights: ExpertWeights):
@@ -84,35 +98,34 @@ def _dense(x_TD, assignment: Assignment, weights: ExpertWeights):
 
 def _capacity(x_TD, assignment: Assignment, weights: ExpertWeights, capacity: int):
   num_experts = weights.gate_EDF.shape[0]
-  rank_TK, _ = _rank_in_expert(assignment, num_experts)
-  kept_TK = assignment.valid_TK & (rank_TK < capacity)
-  layout = _lay_out(assignment, rank_TK, kept_TK, jnp.arange(num_experts) * capacity, num_experts * capacity)
+  pair_R, rows_E = sort_rows(assignment, num_experts)
+  rank_EC = jnp.broadcast_to(jnp.arange(capacity), (num_experts, capacity))
+  used_R = (rank_EC < rows_E[:, None]).reshape(-1)
+  place_EC = (jnp.cumsum(rows_E) - rows_E)[:, None] + rank_EC
+  pair_R = pair_R.at[place_EC.reshape(-1)].get(mode="clip")
+  layout = _lay_out(pair_R, used_R, *assignment.expert_TK.shape)
   y_ECD = jax.vmap(swiglu)(_to_rows(x_TD, layout).reshape(num_experts, capacity, -1), *weights)
-  y_RD = y_ECD.reshape(num_experts * capacity, -1) * _gate_of_row(assignment.gate_TK, layout)[:, None].astype(
-    x_TD.dtype
-  )
-  return _to_tokens(y_RD, layout), (assignment.valid_TK.sum() - kept_TK.sum()).astype(jnp.float32)
+  gate_R1 = _gate_of_row(assignment.gate_TK, pair_R, used_R)[:, None].astype(x_TD.dtype)
+  y_TD = _to_tokens(y_ECD.reshape(num_experts * capacity, -1) * gate_R1, layout)
+  return y_TD, jnp.maximum(rows_E - capacity, 0).sum().astype(jnp.float32)
 
 
-def _ragged(x_TD, assignment: Assignment, weights: ExpertWeights, tile: int, experts: str):
+def _ragged(x_TD, assignment: Assignment, weights: ExpertWeights, experts: str, tiles: tuple[int, ...] | None):
   num_experts = weights.gate_EDF.shape[0]
-  rank_TK, rows_E = _rank_in_expert(assignment, num_experts)
-  group_sizes_E = -(-rows_E // tile) * tile
-  # The worst case: all slots used, every expert's last tile all but empty.
-  slots_in_use = assignment.expert_TK.size
-  num_rows = (math.ceil(slots_in_use / tile) + min(num_experts, slots_in_use)) * tile
-  layout = _lay_out(assignment, rank_TK, assignment.valid_TK, jnp.cumsum(group_sizes_E) - group_sizes_E, num_rows)
-  gate_R = _gate_of_row(assignment.gate_TK, layout)
+  num_tokens, slots = assignment.expert_TK.shape
+  pair_R, rows_E = sort_rows(assignment, num_experts)
+  used_R = jnp.arange(pair_R.size) < rows_E.sum()
+  gate_R = _gate_of_row(assignment.gate_TK, pair_R, used_R)
   if experts == "auto":
     experts = "tiles" if jax.default_backend() == "cpu" else "ragged_dot"
   if experts == "tiles":
-    y_TD = tiled_experts(x_TD, weights, gate_R, layout.token_R, layout.row_TK, group_sizes_E, tile)
-  else:
-    y_RD = grouped_mlp(_to_rows(x_TD, layout), weights, group_sizes_E, backend=experts)
-    # Rows beyond the groups are undefined: select, since nothing times NaN is still NaN.
-    in_use_R1 = layout.token_R[:, None] < x_TD.shape[0]
-    y_TD = _to_tokens(jnp.where(in_use_R1, y_RD * gate_R[:, None].astype(x_TD.dtype), 0), layout)
-  return y_TD, jnp.zeros(())
+    tiles = tiles or tile_sizes(pair_R.size / num_experts)
+    return tiled_experts(x_TD, weights, gate_R, pair_R // slots, rows_E, tiles), jnp.zeros(())
+  layout = _lay_out(pair_R, used_R, num_tokens, slots)
+  y_RD = grouped_mlp(_to_rows(x_TD, layout), weights, rows_E, backend=experts)
+  # Rows beyond the groups are undefined: select, since nothing times NaN is still NaN.
+  y_RD = jnp.where(used_R[:, None], y_RD * gate_R[:, None].astype(x_TD.dtype), 0)
+  return _to_tokens(y_RD, layout), jnp.zeros(())
 
 
 def dispatch(
@@ -122,8 +135,8 @@ def dispatch(
   *,
   backend: str = "auto",
   capacity: int | None = None,
-  tile: int | None = None,
   experts: str = "auto",
+  tiles: tuple[int, ...] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Runs each token through its experts and sums the gated results.
 
@@ -133,8 +146,8 @@ def dispatch(
     weights: of all experts; cast to the hidden states' type.
     backend: dense | capacity | ragged | auto (ragged).
     capacity: C, rows per expert; `capacity` only. Later tokens are dropped first.
-    tile: rows per tile; `ragged` only. By default `default_tile`.
     experts: what computes the rows of `ragged`: tiles (CPU) | ragged_dot (GPU, TPU) | reference | auto.
+    tiles: see `tiled_experts`; by default `tile_sizes`.
 
   Returns:
     y_TD in the hidden states' type, and the number of dropped rows (float32 []).
@@ -145,14 +158,5 @@ def dispatch(
   if backend == "capacity":
     return _capacity(x_TD, assignment, weights, capacity)
   if backend in ("auto", "ragged"):
-    tile = tile or default_tile(x_TD.shape[0], weights.gate_EDF.shape[0])
-    return _ragged(x_TD, assignment, weights, tile, experts)
+    return _ragged(x_TD, assignment, weights, experts, tiles)
   raise ValueError(f"dispatch {backend!r}: wanted auto, dense, capacity or ragged")
-
-
-def default_tile(num_tokens: int, num_experts: int) -> int:
-  """A power of two in 8..128, about half an even share of the tokens.
-
-  Larger tiles run nearer to the peak; half-empty ones waste what they gain.
-  """
-  return int(min(128, max(8, 2 ** math.floor(math.log2(max(1, num_tokens / num_experts / 2))))))

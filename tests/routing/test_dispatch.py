@@ -9,16 +9,16 @@ import pytest
 
 from moe_lab.ops.grouped_mlp import ExpertWeights
 from moe_lab.routing.base import Assignment
-from moe_lab.routing.dispatch import default_tile, dispatch
+from moe_lab.routing.dispatch import dispatch, sort_rows
 
 TOKENS, DIM, EXPERTS, HIDDEN, SLOTS = 23, 6, 5, 7, 3
 WAYS = {
   "dense": dict(backend="dense"),
   "capacity": dict(backend="capacity", capacity=TOKENS),  # room for all tokens on one expert
-  "ragged": dict(backend="ragged", tile=4),
-  "ragged_large_tile": dict(backend="ragged", tile=16),
-  "ragged_dot": dict(backend="ragged", tile=4, experts="ragged_dot"),
-  "ragged_reference": dict(backend="ragged", tile=4, experts="reference"),
+  "tiles": dict(backend="ragged", experts="tiles", tiles=(16, 4)),
+  "one_tile": dict(backend="ragged", experts="tiles", tiles=(32,)),
+  "ragged_dot": dict(backend="ragged", experts="ragged_dot"),
+  "reference": dict(backend="ragged", experts="reference"),
   "auto": dict(backend="auto"),
 }
 
@@ -54,7 +54,7 @@ def random_inputs(dtype=jnp.float32):
   return *(jax.random.normal(key, (TOKENS, DIM)).astype(dtype) for key in keys[3:]), weights
 
 
-@functools.partial(jax.jit, static_argnames=("backend", "capacity", "tile", "experts"))
+@functools.partial(jax.jit, static_argnames=("backend", "capacity", "tiles", "experts"))
 def values_and_gradients(x_TD, dy_TD, weights, assignment, **way):
   def run(x_TD, weights, gate_TK):
     return dispatch(x_TD, assignment._replace(gate_TK=gate_TK), weights, **way)
@@ -132,30 +132,45 @@ def test_each_valid_row_is_combined_once(way):
   )
   for assignment in ASSIGNMENTS.values():
     ones = assignment._replace(gate_TK=jnp.ones((TOKENS, SLOTS)))  # of invalid slots too: they must not count
-    y_TD, _ = jax.jit(dispatch, static_argnames=("backend", "capacity", "tile", "experts"))(
+    y_TD, _ = jax.jit(dispatch, static_argnames=("backend", "capacity", "tiles", "experts"))(
       jnp.ones((TOKENS, 1)), ones, weights, **WAYS[way]
     )
     want_T = (10 ** np.asarray(assignment.expert_TK) * np.asarray(assignment.valid_TK)).sum(1)
     np.testing.assert_allclose(y_TD[:, 0], want_T, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-  "tokens, experts, slots, tile", [(1, 1, 1, 8), (3, 7, 2, 8), (8, 8, 1, 8), (9, 2, 2, 4), (17, 4, 4, 8)]
-)
-def test_ragged_has_room_for_the_worst_case(tokens, experts, slots, tile):
-  # All slots used, spread so that each expert's last tile is all but empty.
+@pytest.mark.parametrize("experts", ["tiles", "ragged_dot"])
+@pytest.mark.parametrize("num_tokens, num_experts, slots", [(1, 1, 1), (3, 7, 2), (8, 8, 1), (9, 2, 2), (17, 4, 4)])
+def test_ragged_has_room_for_every_slot(num_tokens, num_experts, slots, experts):
   assignment = Assignment(
-    jnp.arange(tokens * slots).reshape(tokens, slots) % experts,
-    jnp.ones((tokens, slots)),
-    jnp.ones((tokens, slots), bool),
+    jnp.arange(num_tokens * slots).reshape(num_tokens, slots) % num_experts,
+    jnp.ones((num_tokens, slots)),
+    jnp.ones((num_tokens, slots), bool),
   )
-  weights = ExpertWeights(*(jnp.ones((experts, 1, 1)) for _ in range(3)))
-  x_TD = jnp.arange(1.0, tokens + 1)[:, None]
-  y_TD, _ = dispatch(x_TD, assignment, weights, backend="ragged", tile=tile)
+  weights = ExpertWeights(*(jnp.ones((num_experts, 1, 1)) for _ in range(3)))
+  x_TD = jnp.arange(1.0, num_tokens + 1)[:, None]
+  y_TD, _ = dispatch(x_TD, assignment, weights, backend="ragged", experts=experts, tiles=(8, 4))
   np.testing.assert_allclose(y_TD, slots * jax.nn.silu(x_TD) * x_TD, rtol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["dense", "capacity", "ragged", "ragged_dot"])
+@pytest.mark.parametrize("name", ASSIGNMENTS)
+def test_rows_are_sorted_by_expert_and_then_by_token(name):
+  assignment = ASSIGNMENTS[name]
+  rows = sort_rows(assignment, EXPERTS)
+  pairs = [
+    t * SLOTS + k
+    for e in range(EXPERTS)
+    for t, k in np.ndindex(TOKENS, SLOTS)
+    if assignment.valid_TK[t, k] and assignment.expert_TK[t, k] == e
+  ]
+  np.testing.assert_array_equal(rows.pair_R[: len(pairs)], pairs)
+  assert sorted(np.asarray(rows.pair_R)) == list(range(TOKENS * SLOTS)) and rows.rows_E.sum() == len(pairs)
+  # With so many experts that one number can not hold a row's expert and pair, two arrays are sorted.
+  wide = sort_rows(assignment, 2**27)
+  np.testing.assert_array_equal(wide.pair_R, rows.pair_R)
+
+
+@pytest.mark.parametrize("way", ["dense", "capacity", "tiles", "ragged_dot"])
 def test_bfloat16_stays_near_float32(way):
   x_TD, dy_TD, weights = random_inputs(jnp.bfloat16)
   y_TD, _, gradients = values_and_gradients(x_TD, dy_TD, weights, ASSIGNMENTS["random_counts"], **WAYS[way])
@@ -165,11 +180,6 @@ def test_bfloat16_stays_near_float32(way):
   # Weights, products and gated rows are each rounded to 2^-9 of their size.
   for got, want in zip(jax.tree.leaves((y_TD, gradients)), jax.tree.leaves((want_y_TD, want_gradients)), strict=True):
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.02 * np.abs(want).max())
-
-
-def test_default_tile():
-  # The power of two at or below tokens / experts / 2, in 8..128.
-  assert [default_tile(*n) for n in ((1024, 16), (1535, 16), (10, 16), (1_000_000, 4))] == [32, 32, 8, 128]
 
 
 def test_a_wrong_name_fails():

@@ -10,7 +10,7 @@ import numpy as np
 from moe_lab.config.schema import Config
 from moe_lab.infer.cache import empty_cache
 from moe_lab.infer.sampling import sample
-from moe_lab.nn.transformer import Transformer
+from moe_lab.nn.transformer import Transformer, head
 from moe_lab.routing.base import RouterState
 
 MIN_LENGTH = 64  # cache lengths are powers of two from here, so that few are ever compiled
@@ -45,7 +45,7 @@ class Generator:
     out = self._model.apply(
       {"params": params}, token_BL, segment_BL, jnp.full(1, budget), router_state, cache=cache, offset=offset
     )
-    return out.logits_BLV[0, last], out.stats.count_T[:, last].mean(), out.cache
+    return head(out.hidden_BLD[0, last], out.head_VD), out.stats.count_T[:, last].mean(), out.cache
 
   def prefill(self, prompt: np.ndarray, length: int, budget: float):
     """Reads a prompt into a fresh cache of `length` positions; returns logits_V, experts, cache."""

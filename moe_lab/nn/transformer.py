@@ -17,14 +17,26 @@ class Output(NamedTuple):
   """What a forward pass returns.
 
   Attributes:
-    logits_BLV: float32.
+    hidden_BLD: after the final norm, in the activations' type.
+    head_VD: the output embedding; a loss over the vocabulary reads both (`ops/cross_entropy.py`).
     stats: of the mixture-of-experts layers, leading axis Z.
     cache: the updated cache, leading axis Z (all layers); None if none was given.
   """
 
-  logits_BLV: jax.Array
+  hidden_BLD: jax.Array
+  head_VD: jax.Array
   stats: RouterStats
   cache: KVCache | None
+
+  @property
+  def logits_BLV(self) -> jax.Array:
+    """Logits of every position, float32. Where a few will do, cut `hidden_BLD` and call `head`."""
+    return head(self.hidden_BLD, self.head_VD)
+
+
+def head(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
+  """Returns float32 logits [..., V] of hidden states [..., D]."""
+  return jnp.einsum("...D,VD->...V", hidden, head_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 class Transformer(nn.Module):
@@ -88,5 +100,4 @@ class Transformer(nn.Module):
     head_VD = embedding_VD
     if not config.tie_embeddings:
       head_VD = self.param("head_VD", scaled_normal(config.dim**-0.5), embedding_VD.shape, jnp.float32)
-    logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, head_VD.astype(x_BLD.dtype), preferred_element_type=jnp.float32)
-    return Output(logits_BLV, stats, cache)
+    return Output(x_BLD, head_VD, stats, cache)

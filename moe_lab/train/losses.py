@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from moe_lab.config.schema import Config
 from moe_lab.nn.transformer import Transformer
-from moe_lab.ops.cross_entropy import cross_entropy
+from moe_lab.ops.cross_entropy import weighted_head_loss
 from moe_lab.routing import budget as budget_control
 from moe_lab.routing.balance import load_balance_loss
 from moe_lab.routing.count_policy import budget_log_prior, entropy
@@ -40,11 +40,16 @@ def compute_loss(params, state: TrainState, batch: Batch, key, config: Config, m
 
   budget_B = jnp.full(token_BL.shape[0], routing.budget)
   out = model.apply({"params": params}, token_BL, segment_BL, budget_B, state.router_state, key=key)
-  nll_BL = cross_entropy(out.logits_BLV, target_BL)
   # A sequence counts once, however often it is rolled out.
   row_B = jnp.arange(token_BL.shape[0])
   share_B1 = jnp.where((row_B < twins) | (row_B >= rows), 0.5, 1.0)[:, None]
-  loss_sum, loss_weight = jnp.sum(nll_BL * weight_BL * share_B1), jnp.sum(weight_BL * share_B1)
+  loss_sum, nll_T = weighted_head_loss(
+    out.hidden_BLD.reshape(token_BL.size, -1),
+    out.head_VD,
+    target_BL.reshape(-1),
+    (weight_BL * share_B1).reshape(-1),
+  )
+  nll_BL, loss_weight = nll_T.reshape(token_BL.shape), jnp.sum(weight_BL * share_B1)
   total = loss_sum / jnp.maximum(loss_weight, 1)
 
   stats = out.stats

@@ -1,6 +1,7 @@
 """AdamW with warm-up and decay; the count policy is clipped apart from the model."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from moe_lab.config.schema import TrainConfig
@@ -36,6 +37,20 @@ def _is_matrix(params):
   return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.startswith(names), params)
 
 
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+  """As optax's, but multiplying by one factor, which XLA fuses into the update.
+
+  optax divides; XLA on CPU then stores the quotients and reads them twice: half of an update's time.
+  """
+
+  def update(updates, state, params=None):
+    del params
+    factor = jnp.minimum(1.0, max_norm / jnp.maximum(optax.global_norm(updates), 1e-30))
+    return jax.tree.map(lambda g: g * factor, updates), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
   """Returns the optimizer of `config`.
 
@@ -45,7 +60,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
   def adamw():
     return optax.chain(
-      optax.clip_by_global_norm(config.clip_norm),
+      clip_by_global_norm(config.clip_norm),
       optax.adamw(
         learning_rate_schedule(config), config.beta1, config.beta2, weight_decay=config.weight_decay, mask=_is_matrix
       ),

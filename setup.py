@@ -8,7 +8,7 @@ setup(
   description="Mixture-of-experts language models whose router decides how much compute each token gets",
   license="Apache-2.0",
   python_requires=">=3.11",
-  packages=find_packages(include=["moe_lab", "moe_lab.*", "experiments", "experiments.*"]),
+  packages=find_packages(include=["moe_lab", "moe_lab.*", "experiments", "experiments.*", "benchmarks"]),
   install_requires=[
     "jax>=0.10,<0.13",
     "flax>=0.12,<0.13",
@@ -27,6 +27,7 @@ setup(
   extras_require={
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "gpu": ["jax[cuda13]>=0.10,<0.13"],
+    "peers": ["torch>=2.10", "transformers>=5,<6"],
     "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.12,<0.18"],
   },
 )

@@ -23,6 +23,7 @@ _LEVELS = [  # from the bottom; a package imports from the levels below its own
   ["evaluate"],
   ["train", "adapt"],
   ["serve", "launch", "preflight", "report"],
+  ["benchmarks"],
   ["experiments"],
 ]
 _PEERS = [_BASE, _OUTSIDE, ["ops", "sharding"], ["train", "adapt"]]  # and these from each other
@@ -50,7 +51,7 @@ def _package(module: str) -> str | None:
   top, _, rest = module.partition(".")
   if top == "moe_lab":
     return rest.partition(".")[0]
-  return top if top == "experiments" else None
+  return top if top in ("experiments", "benchmarks") else None
 
 
 def _imports(nodes, path: str) -> list[str]:
@@ -112,7 +113,9 @@ def _at_import(node: ast.AST):
 
 
 _FILES = sorted(
-  path.relative_to(_ROOT).as_posix() for top in ("moe_lab", "experiments") for path in (_ROOT / top).rglob("*.py")
+  path.relative_to(_ROOT).as_posix()
+  for top in ("moe_lab", "experiments", "benchmarks")
+  for path in (_ROOT / top).rglob("*.py")
 )
 
 

@@ -5,7 +5,9 @@ about a mistake. config_flags alone answers a misspelt override with a trace.
 """
 
 import ast
+import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_collections
@@ -56,8 +58,19 @@ def define(own: flags.FlagValues, takes: set[str]) -> None:
     flags.DEFINE_string("workdir", None, "The folder of the run.", flag_values=own)
 
 
-def parse(argv: list[str], own: flags.FlagValues, required: set[str]) -> dict[str, Config | Path]:
-  """Parses `argv` into `own`, and returns `config` and `workdir`, those of them that were given.
+def parse(
+  argv: list[str], own: flags.FlagValues, required: set[str], words: Sequence[str] = ()
+) -> dict[str, Config | Path | str]:
+  """Parses `argv` into `own`.
+
+  Args:
+    argv: the command line, program name first.
+    own: the program's flags.
+    required: which of config and workdir must be given.
+    words: names of what stands on the command line without a flag, in order.
+
+  Returns:
+    `config` and `workdir`, those of them that were given, and every word: "" if it is missing.
 
   Raises:
     UserError: one line for any mistake on the command line, in the config file, or in the fields together.
@@ -78,9 +91,10 @@ def parse(argv: list[str], own: flags.FlagValues, required: set[str]) -> dict[st
     config = load(own["config"].value)
     _define_overrides(overrides, config, rest)
   left = _translated(own, rest, overrides)[1:]
-  if left:
-    raise UserError(f"{left[0]!r}: wanted flags only, as in --name=value")
-  parsed = {}
+  if len(left) > len(words):
+    wanted = f"{' '.join(words)} and flags only" if words else "flags only"
+    raise UserError(f"{left[len(words)]!r}: wanted {wanted}, as in --name=value")
+  parsed = dict(itertools.zip_longest(words, left, fillvalue=""))
   if config is not None:
     parsed["config"] = resolve(config)
   if "workdir" in own and own["workdir"].value:

@@ -112,6 +112,14 @@ TEXT = ("--config.data.sources=text:text", "--workdir=new")
     ("evaluate", ("--workdir=run", "--budget=17"), ("--budget=17", "4")),
     ("generate", ("--workdir=run", "--bugdet=2"), ("bugdet", "budget")),
     ("report", ("--workdir=nowhere",), ("nowhere",)),
+    ("benchmark", (), ("benchmark", "train_step", "decode")),
+    ("benchmark", ("train_stp",), ("train_stp", "did you mean train_step")),
+    ("benchmark", ("moe_layer", "decode"), ("decode", "flags only")),
+    ("benchmark", ("moe_layer", "--method=dynamc"), ("--method=dynamc", "dynamic")),
+    ("benchmark", ("moe_layer", "--k=2.5"), ("--k=2.5", "whole number")),
+    ("benchmark", ("moe_layer", "--k=17"), ("routing.k", "17", "16")),
+    ("benchmark", ("moe_layer", "--experts=64"), ("--experts=64", "64x128")),
+    ("benchmark", ("decode", "--method=overflow"), ("overflow", "moe_layer")),
   ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_changes_nothing(place, name, arguments, words):

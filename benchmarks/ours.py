@@ -1,0 +1,174 @@
+"""moe_lab's side of each benchmark."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.case import NEW, PROMPT, Case
+from benchmarks.work import Work
+from moe_lab.evaluate.flops import forward_flops_per_token
+from moe_lab.infer.generate import Generator
+from moe_lab.nn.moe import MoE
+from moe_lab.nn.transformer import Transformer
+from moe_lab.ops.attention import attention
+from moe_lab.routing.base import Decisions, RouterContext, initial_router_state
+from moe_lab.train.optimizer import make_optimizer
+from moe_lab.train.state import initial_state
+from moe_lab.train.step import make_train_step
+from moe_lab.types import Batch
+
+
+def matmul(size: int, dtype: str) -> Work:
+  """A dense product of two [size, size] matrices: the machine's peak."""
+  a = jax.random.normal(jax.random.key(0), (size, size), jnp.float32).astype(dtype)
+  product = jax.jit(lambda a, b: a @ b)
+  return Work(lambda: jax.block_until_ready(product(a, a)), "product", 1, lambda: {"flops": 2 * size**3})
+
+
+def memory() -> int | None:
+  """Returns the most bytes that the accelerator's memory held; None on CPU."""
+  stats = jax.devices()[0].memory_stats()
+  return None if jax.default_backend() == "cpu" or not stats else stats["peak_bytes_in_use"]
+
+
+def _random_batch(case: Case) -> Batch:
+  tokens = np.random.default_rng(0).integers(0, case.vocab_size, (case.batch_size, case.seq_len + 1), np.int32)
+  return Batch(*(jnp.asarray(a) for a in (tokens, np.ones_like(tokens), np.zeros_like(tokens))))
+
+
+def train_step(case: Case, variant: str) -> Work:
+  """A whole step: forward, backward, clipping, AdamW, controllers."""
+  config = case.config()
+  optimizer = make_optimizer(config.train)
+  step = make_train_step(config, Transformer(config), optimizer)
+  now = {"state": jax.jit(lambda: initial_state(config, optimizer))(), "metrics": []}
+  batch = _random_batch(case)
+
+  def run():
+    now["state"], metrics = step(now["state"], batch)
+    jax.block_until_ready((now["state"], metrics))
+    now["metrics"].append(metrics)
+
+  def report():
+    mean = float(np.mean([metrics.count_mean_Z() for metrics in now["metrics"]]))
+    executed = float(np.mean([metrics.token_count for metrics in now["metrics"]]))  # second rollouts included
+    forward = forward_flops_per_token(config, mean, (case.seq_len + 1) / 2)["total"]
+    return {"mean_experts": mean, "rolled_out_tokens": executed, "flops": 3 * forward * executed}
+
+  return Work(run, "token", case.batch_size * case.seq_len, report)
+
+
+def moe_layer(case: Case, variant: str) -> Work:
+  """One layer's router, dispatch and experts, forward and backward.
+
+  With the method "overflow" every token takes the same k_max experts: more rows than any share of them foresees.
+  """
+  config, tokens = case.config(), case.batch_size * case.seq_len
+  decisions = Decisions()
+  if case.method == "overflow":
+    expert_TK = jnp.tile(jnp.arange(case.k_max, dtype=jnp.int32), (tokens, 1))
+    decisions = Decisions(jnp.full(tokens, case.k_max), expert_TK)
+  layer = MoE(config.model, config.routing, 1.0)
+  state = jax.tree.map(lambda x: x[0], initial_router_state(1, case.num_experts))
+  x_TD, dy_TD = jax.random.normal(jax.random.key(0), (2, tokens, case.dim)).astype(case.dtype)
+
+  def context(key):
+    embedding = jnp.zeros((tokens, case.dim))
+    return RouterContext(jnp.ones(tokens, bool), jnp.full(tokens, case.k), embedding, state, key, decisions)
+
+  params = jax.jit(layer.init)(jax.random.key(1), x_TD, context(jax.random.key(2)))
+
+  @jax.jit
+  def both_ways(params, x_TD, dy_TD, key):
+    def loss(params, x_TD):
+      y_TD, stats = layer.apply(params, x_TD, context(key))
+      return jnp.sum(y_TD * dy_TD, dtype=jnp.float32), stats
+
+    return jax.grad(loss, (0, 1), has_aux=True)(params, x_TD)
+
+  done = []
+
+  def run():
+    _, stats = jax.block_until_ready(both_ways(params, x_TD, dy_TD, jax.random.key(len(done))))
+    done.append(stats)
+
+  def report():
+    mean = float(np.mean([stats.count_T for stats in done]))
+    numbers = {"mean_experts": mean, "flops": 18 * tokens * mean * case.dim * case.expert_dim}
+    if case.method == "overflow":
+      dense = MoE(dataclasses.replace(config.model, dispatch="dense"), config.routing, 1.0)
+      key = jax.random.key(0)
+      (got, stats), (want, _) = (jax.jit(m.apply)(params, x_TD, context(key)) for m in (layer, dense))
+      numbers |= {"rows": float(stats.assigned_E.sum()), "rows_lost": float(stats.dropped_sum)}
+      numbers["error_to_dense"] = float(jnp.abs(got - want).max() / jnp.abs(want).max())
+    return numbers
+
+  return Work(run, "token", tokens, report)
+
+
+def attention_layer(case: Case, variant: str) -> Work:
+  """Causal attention without its projections, forward and backward."""
+  shape = (case.batch_size, case.seq_len, case.num_heads, case.head_dim)
+  q, k, v, d_out = jax.random.normal(jax.random.key(0), (4, *shape)).astype(case.dtype)
+  segments = jnp.ones(shape[:2], jnp.int32)
+
+  @jax.jit
+  def both_ways(q, k, v, d_out):
+    def loss(q, k, v):
+      out = attention(q, k, v, jnp.zeros(case.num_heads), segments, segments, backend=variant or "auto")
+      return jnp.sum(out * d_out, dtype=jnp.float32)
+
+    return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+  tokens = case.batch_size * case.seq_len
+  flops = 12 * tokens * case.num_heads * case.head_dim * (case.seq_len + 1) / 2
+  run = lambda: jax.block_until_ready(both_ways(q, k, v, d_out))  # noqa: E731
+  return Work(run, "token", tokens, lambda: {"flops": flops})
+
+
+def decode(case: Case, variant: str) -> Work:
+  """Greedy generation of one sequence, the prompt's prefill included."""
+  config = case.config()
+  state = jax.jit(lambda: initial_state(config, make_optimizer(config.train)))()
+  generator = Generator(config, state.params, state.router_state)
+  prompt = np.random.default_rng(0).integers(0, case.vocab_size, PROMPT).astype(np.int32)
+  experts = []
+
+  def run():
+    experts.extend(step.experts for step in generator.generate(prompt, NEW, temperature=0.0))
+
+  def report():
+    forward = forward_flops_per_token(config, float(np.mean(experts)), PROMPT / 2)["total"]
+    return {"mean_experts": float(np.mean(experts)), "flops": forward * (PROMPT + NEW)}
+
+  return Work(run, "token", NEW, report)
+
+
+def data(case: Case, variant: str) -> Work:
+  """Reading, tokenising, packing and shuffling the standard library's text."""
+  from moe_lab.config.program import cache_dir
+  from moe_lab.data.loader import open_data
+
+  started = time.perf_counter()
+  opened = open_data(case.config().data, cache_dir())
+  loader = opened.train_loader(case.batch_size)
+  next(loader)
+  first = time.perf_counter() - started
+
+  def run():
+    for _ in range(20):
+      next(loader)
+
+  return Work(run, "token", 20 * case.batch_size * case.seq_len, lambda: {"seconds_to_first_batch": first})
+
+
+BENCHMARKS = {
+  "train_step": train_step,
+  "moe_layer": moe_layer,
+  "attention": attention_layer,
+  "decode": decode,
+  "data": data,
+}

@@ -1,0 +1,137 @@
+"""Hugging Face transformers on torch: the same shapes by Mixtral's own code."""
+
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from benchmarks.case import NEW, PROMPT, Case
+from benchmarks.work import Work
+from moe_lab.evaluate.flops import forward_flops_per_token
+
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _wait() -> None:
+  if _DEVICE == "cuda":
+    torch.cuda.synchronize()
+
+
+def matmul(size: int, dtype: str) -> Work:
+  """As `ours.matmul`."""
+  a = torch.randn(size, size, device=_DEVICE).to(getattr(torch, dtype))
+
+  def run():
+    a @ a
+    _wait()
+
+  return Work(run, "product", 1, lambda: {"flops": 2 * size**3})
+
+
+def memory() -> int | None:
+  """As `ours.memory`."""
+  return torch.cuda.max_memory_allocated() if _DEVICE == "cuda" else None
+
+
+def _model(case: Case, experts: str) -> MixtralForCausalLM:
+  torch.manual_seed(0)
+  config = MixtralConfig(
+    vocab_size=case.vocab_size,
+    hidden_size=case.dim,
+    intermediate_size=case.expert_dim,
+    num_hidden_layers=case.num_layers,
+    num_attention_heads=case.num_heads,
+    num_key_value_heads=case.num_heads,
+    head_dim=case.head_dim,
+    num_local_experts=case.num_experts,
+    num_experts_per_tok=int(case.k),
+    max_position_embeddings=max(case.seq_len, 1024),
+    output_router_logits=True,
+    router_aux_loss_coef=0.01,
+    sliding_window=None,
+  )
+  model = MixtralForCausalLM(config)
+  model.set_experts_implementation(experts)
+  assert model.config._experts_implementation == experts
+  return model.to(_DEVICE)
+
+
+def _autocast(case: Case):
+  # Parameters stay float32 as on our side; torch's way to compute in bfloat16 then is autocast.
+  return torch.autocast(_DEVICE, getattr(torch, case.dtype), enabled=case.dtype != "float32")
+
+
+def train_step(case: Case, variant: str) -> Work:
+  """Forward, backward, clipping, fused AdamW; attention by torch's scaled_dot_product_attention."""
+  model = _model(case, variant).train()
+  optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+  tokens = torch.randint(0, case.vocab_size, (case.batch_size, case.seq_len), device=_DEVICE)
+
+  def run():
+    optimizer.zero_grad(set_to_none=True)
+    with _autocast(case):
+      loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    _wait()
+
+  def report():
+    forward = forward_flops_per_token(case.config(), case.k, (case.seq_len + 1) / 2)["total"]
+    return {"mean_experts": case.k, "flops": 3 * forward * tokens.numel()}
+
+  return Work(run, "token", tokens.numel(), report)
+
+
+def moe_layer(case: Case, variant: str) -> Work:
+  """Mixtral's sparse block, forward and backward."""
+  block = _model(case, variant).train().model.layers[0].mlp
+  x = torch.randn(case.batch_size, case.seq_len, case.dim, device=_DEVICE, requires_grad=True)
+  dy = torch.randn_like(x)
+
+  def run():
+    x.grad = None
+    block.zero_grad(set_to_none=True)
+    with _autocast(case):
+      y = block(x)
+    y.backward(dy.to(y.dtype))
+    _wait()
+
+  tokens = case.batch_size * case.seq_len
+  flops = 18 * tokens * case.k * case.dim * case.expert_dim
+  return Work(run, "token", tokens, lambda: {"mean_experts": case.k, "flops": flops})
+
+
+def attention_layer(case: Case, variant: str) -> Work:
+  """torch's scaled_dot_product_attention, causal, forward and backward."""
+  shape = (case.batch_size, case.num_heads, case.seq_len, case.head_dim)
+  q, k, v, d_out = (torch.randn(shape, device=_DEVICE).to(getattr(torch, case.dtype)) for _ in range(4))
+  for one in (q, k, v):
+    one.requires_grad_()
+
+  def run():
+    q.grad = k.grad = v.grad = None
+    torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).backward(d_out)
+    _wait()
+
+  tokens = case.batch_size * case.seq_len
+  flops = 12 * tokens * case.num_heads * case.head_dim * (case.seq_len + 1) / 2
+  return Work(run, "token", tokens, lambda: {"flops": flops})
+
+
+def decode(case: Case, variant: str) -> Work:
+  """Greedy `generate` of one sequence with its cache."""
+  model = _model(case, variant).eval()
+  prompt = torch.randint(3, case.vocab_size, (1, PROMPT), device=_DEVICE)
+
+  def run():
+    with torch.no_grad(), _autocast(case):
+      model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
+        pad_token_id=0, output_router_logits=False,
+      )  # fmt: skip
+    _wait()
+
+  forward = forward_flops_per_token(case.config(), case.k, PROMPT / 2)["total"]
+  return Work(run, "token", NEW, lambda: {"mean_experts": case.k, "flops": forward * (PROMPT + NEW)})
+
+
+BENCHMARKS = {"train_step": train_step, "moe_layer": moe_layer, "attention": attention_layer, "decode": decode}

@@ -1,0 +1,83 @@
+"""From measurements to a table, a result and a dated file."""
+
+import dataclasses
+import datetime
+from pathlib import Path
+
+from benchmarks.measure import Result
+from moe_lab.io.files import dump_json, write_text
+
+
+def table(results: list[Result], peak: float) -> str:
+  """Returns the results as a Markdown table."""
+  rows = [("case", "who", "median", "quartiles", "units/s", "GFLOP/s", "of peak", "memory", "experts")]
+  for r in results:
+    flops = r.flops_per_second
+    rows.append(
+      (
+        r.case,
+        r.name,
+        f"{r.seconds * 1e3:.1f} ms",
+        f"{r.low * 1e3:.1f}..{r.high * 1e3:.1f}",
+        f"{r.per_second:,.0f} {r.unit}s",
+        f"{flops / 1e9:,.1f}" if flops else "-",
+        f"{flops / peak:.0%}" if flops else "-",
+        f"{r.peak_bytes / 2**20:,.0f} MiB",
+        f"{r.numbers['mean_experts']:.2f}" if "mean_experts" in r.numbers else "-",
+      )
+    )
+  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+  lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+  lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+  return "\n".join(lines)
+
+
+def summary(benchmark: str, results: list[Result], peak: float, machine: dict) -> dict:
+  """Returns the result of a benchmark: ours, peers, ratio, unit, machine, and every figure under "results".
+
+  `ratio` is ours over the fastest peer in its usual setting, case by case; a peer with another setting of the
+  allocator is listed, not compared with.
+  """
+  ours = [r for r in results if r.name.startswith("moe_lab")]
+  peers = [r for r in results if not r.name.startswith("moe_lab")]
+  ratio = {}
+  for case in dict.fromkeys(r.case for r in ours):
+    rivals = [r.per_second for r in peers if r.case == case and "memory kept" not in r.name]
+    if rivals:
+      ratio[case] = max(r.per_second for r in ours if r.case == case) / max(rivals)
+  return {
+    "benchmark": benchmark,
+    "ours": {f"{r.name}: {r.case}": r.per_second for r in ours},
+    "peers": {f"{r.name}: {r.case}": r.per_second for r in peers},
+    "ratio": ratio,
+    "unit": f"{results[0].unit}s per second",
+    "machine": machine,
+    "dense_matmul_gflops": peak / 1e9,
+    "results": [dataclasses.asdict(r) for r in results],
+  }
+
+
+def save(folder: Path, name: str, text: str, result: dict, command: str) -> Path:
+  """Writes NAME under today's date as .md (the table) and .json; never over an older file. Returns the .md."""
+  machine = result["machine"]
+  device = (machine["accelerator"] or f"cpu{machine['cores']}").lower().replace(" ", "-")
+  stem = f"{datetime.date.today().isoformat()}-{name}-{device}"
+  number, path = 1, folder / f"{stem}.md"
+  while path.exists():
+    number += 1
+    path = folder / f"{stem}-{number}.md"
+  versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+  words = [
+    f"# {name}, {datetime.date.today().isoformat()}",
+    f"    {command}",
+    f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, accelerator: "
+    f"{machine['accelerator'] or 'none'}; {versions}. Dense matmul peak in the same run: "
+    f"{result['dense_matmul_gflops']:,.0f} GFLOP/s.",
+    text,
+  ]
+  if result["ratio"]:
+    words.append("\n".join(f"- {case}: {value:.2f} times the faster peer" for case, value in result["ratio"].items()))
+  folder.mkdir(parents=True, exist_ok=True)
+  write_text(path, "\n\n".join(words) + "\n")
+  write_text(path.with_suffix(".json"), dump_json(result) + "\n")
+  return path

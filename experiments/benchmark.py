@@ -1,0 +1,124 @@
+"""Measures speed and memory, with the peers beside us in the same run.
+
+    python -m experiments.benchmark train_step --k=2
+    python -m experiments.benchmark train_step --method=dynamic --k=1,2,4,8 --peers=none
+    python -m experiments.benchmark moe_layer --experts=16x512,64x128 --k=8
+    python -m experiments.benchmark attention|decode|data
+
+Contenders take turns, each in a process of its own. The table goes to stderr
+and, with the figures and the machine, into dated files under --out; the result
+is the last line on stdout. Peers need `pip install -e .[peers]`; a peer that
+is not installed is left out and said so.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import logging
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from moe_lab.config import program
+from moe_lab.errors import UserError, did_you_mean
+
+BENCHMARKS = ("train_step", "moe_layer", "attention", "decode", "data")
+METHODS = ("topk", "dynamic", "dynamic_rollouts", "overflow")
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_list("k", [], "Experts per token, or the mean of a dynamic method; several: 1,2,4.", flag_values=FLAGS)
+flags.DEFINE_list("method", ["topk"], f"Routing: {', '.join(METHODS)}.", flag_values=FLAGS)
+flags.DEFINE_list("experts", [], "Number and hidden width of experts, as in 16x512,64x128.", flag_values=FLAGS)
+flags.DEFINE_enum("preset", "auto", ["auto", "cpu", "gpu"], "The shapes; auto: by what is here.", flag_values=FLAGS)
+flags.DEFINE_enum("peers", "all", ["all", "none"], "Whether to measure the peers.", flag_values=FLAGS)
+flags.DEFINE_integer("rounds", 9, "Timed runs of each contender.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_string("out", "benchmarks/results", "The folder of the dated files.", flag_values=FLAGS)
+
+log = logging.getLogger("experiments.benchmark")
+
+
+def main(benchmark: str) -> dict:
+  """Returns the result of one benchmark."""
+  if "overflow" in FLAGS.method and benchmark != "moe_layer":
+    raise UserError(f"--method=overflow: wanted with moe_layer only, not {benchmark}")
+  if benchmark not in BENCHMARKS:
+    raise UserError(
+      f"benchmark {benchmark!r}: wanted one of {', '.join(BENCHMARKS)}{did_you_mean(benchmark, BENCHMARKS)}"
+    )
+  from benchmarks import machine, plot, results
+  from benchmarks.measure import measure
+
+  described = machine.describe()
+  preset = FLAGS.preset if FLAGS.preset != "auto" else ("gpu" if described["accelerator"] else "cpu")
+  contenders = _contenders(benchmark, _cases(preset), preset)
+  measured, peak = measure(contenders, FLAGS.rounds, preset, log.info)
+  result = results.summary(benchmark, measured, peak, described)
+  text = results.table(measured, peak)
+  command = "python -m experiments.benchmark " + " ".join(sys.argv[1:])
+  path = results.save(Path(FLAGS.out), benchmark, text, result, command)
+  if drawing := plot.time_by_experts(measured):
+    path.with_suffix(".svg").write_text(drawing)
+  print(f"\n{text}\n\n{path}", file=sys.stderr)
+  return result | {"file": path}
+
+
+def _cases(preset: str) -> list:
+  """Returns the cases that the flags ask for: every method with every number of experts and every k."""
+  from benchmarks.case import PRESETS
+
+  base = PRESETS[preset]
+  for method in FLAGS.method:
+    if method not in METHODS:
+      raise UserError(f"--method={method}: wanted one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
+  sizes = [_size(text) for text in FLAGS.experts] or [(base.num_experts, base.expert_dim)]
+  cases = []
+  for method, (num_experts, expert_dim), k in itertools.product(FLAGS.method, sizes, FLAGS.k or [base.k]):
+    case = dataclasses.replace(base, method=method, num_experts=num_experts, expert_dim=expert_dim, k=_k(k, method))
+    case.config()  # a mistake shows here, in one line, and not in a contender
+    cases.append(case)
+  return cases
+
+
+def _size(text: str) -> tuple[int, int]:
+  number, _, width = text.partition("x")
+  if not (number.isdigit() and width.isdigit()):
+    raise UserError(f"--experts={text}: wanted NUMBERxWIDTH, as in 64x128")
+  return int(number), int(width)
+
+
+def _k(text: object, method: str) -> float:
+  try:
+    k = float(text)
+  except ValueError:
+    raise UserError(f"--k={text}: wanted a number") from None
+  if method == "topk" and k != int(k):
+    raise UserError(f"--k={text}: wanted a whole number, since --method is topk")
+  return k
+
+
+def _contenders(benchmark: str, cases: list, preset: str) -> list:
+  """Returns who is measured at what: ours at every case, the peers where they have such a case."""
+  from benchmarks.worker import Contender
+
+  ours = {"attention": ("blocked",) if preset == "gpu" else ("blocked", "reference")}.get(benchmark, ("",))
+  peers = {"attention": ("",), "data": ()}.get(benchmark, ("eager", "grouped_mm"))
+  missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+  if FLAGS.peers == "none" or not peers:
+    peers = ()
+  elif missing:
+    log.warning("no peers: %s not installed (pip install -e .[peers])", " and ".join(missing))
+    peers = ()
+  contenders = []
+  for case in cases:
+    contenders += [Contender("ours", benchmark, case, variant) for variant in ours]
+    if case.method == "topk":
+      contenders += [Contender("peer", benchmark, case, variant) for variant in peers]
+      if benchmark == "train_step" and preset == "cpu" and peers:
+        # torch on CPU gains much from an allocator that keeps its memory; its users seldom set it, so it is told apart.
+        contenders.append(Contender("peer", benchmark, case, peers[-1], keep_memory=True))
+  return contenders
+
+
+if __name__ == "__main__":
+  program.run(main, FLAGS)

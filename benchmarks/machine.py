@@ -9,7 +9,7 @@ import subprocess
 def describe() -> dict:
   """Returns processor, cores, memory, accelerator (None without one) and versions."""
   versions = {"python": platform.python_version()}
-  for package in ("jax", "jaxlib", "flax", "torch", "transformers"):
+  for package in ("jax", "jaxlib", "libtpu", "flax", "torch", "transformers"):
     try:
       versions[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -20,6 +20,8 @@ from moe_lab.train.state import initial_state
 from moe_lab.train.step import make_train_step
 from moe_lab.types import Batch
 
+BATCHES = 500  # that a run of the data benchmark reads: several windows of shuffling
+
 
 def matmul(size: int, dtype: str) -> Work:
   """A dense product of two [size, size] matrices: the machine's peak."""
@@ -159,10 +161,10 @@ def data(case: Case, variant: str) -> Work:
   first = time.perf_counter() - started
 
   def run():
-    for _ in range(20):
+    for _ in range(BATCHES):
       next(loader)
 
-  return Work(run, "token", 20 * case.batch_size * case.seq_len, lambda: {"seconds_to_first_batch": first})
+  return Work(run, "token", BATCHES * case.batch_size * case.seq_len, lambda: {"seconds_to_first_batch": first})
 
 
 BENCHMARKS = {

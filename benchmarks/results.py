@@ -26,10 +26,7 @@ def table(results: list[Result], peak: float) -> str:
         f"{r.numbers['mean_experts']:.2f}" if "mean_experts" in r.numbers else "-",
       )
     )
-  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-  lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
-  lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-  return "\n".join(lines)
+  return markdown(rows)
 
 
 def summary(benchmark: str, results: list[Result], peak: float, machine: dict) -> dict:
@@ -57,27 +54,44 @@ def summary(benchmark: str, results: list[Result], peak: float, machine: dict) -
   }
 
 
-def save(folder: Path, name: str, text: str, result: dict, command: str) -> Path:
-  """Writes NAME under today's date as .md (the table) and .json; never over an older file. Returns the .md."""
-  machine = result["machine"]
+def markdown(rows: list[tuple[str, ...]]) -> str:
+  """Returns rows, the first of them the head, as a Markdown table."""
+  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+  lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+  lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+  return "\n".join(lines)
+
+
+def new_file(folder: Path, name: str, machine: dict) -> Path:
+  """Returns the path of a .md file under today's date that is not there yet."""
   device = (machine["accelerator"] or f"cpu{machine['cores']}").lower().replace(" ", "-")
   stem = f"{datetime.date.today().isoformat()}-{name}-{device}"
+  folder.mkdir(parents=True, exist_ok=True)
   number, path = 1, folder / f"{stem}.md"
   while path.exists():
     number += 1
     path = folder / f"{stem}-{number}.md"
+  return path
+
+
+def in_words(machine: dict) -> str:
+  """Returns the machine in one sentence."""
   versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+  accelerator = machine["accelerator"] or "no accelerator"
+  return f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {accelerator}; {versions}."
+
+
+def save(folder: Path, name: str, text: str, result: dict, command: str) -> Path:
+  """Writes NAME under today's date as .md (the table) and .json; never over an older file. Returns the .md."""
+  path = new_file(folder, name, result["machine"])
   words = [
     f"# {name}, {datetime.date.today().isoformat()}",
     f"    {command}",
-    f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, accelerator: "
-    f"{machine['accelerator'] or 'none'}; {versions}. Dense matmul peak in the same run: "
-    f"{result['dense_matmul_gflops']:,.0f} GFLOP/s.",
+    f"{in_words(result['machine'])} Dense matmul peak in the same run: {result['dense_matmul_gflops']:,.0f} GFLOP/s.",
     text,
   ]
   if result["ratio"]:
     words.append("\n".join(f"- {case}: {value:.2f} times the faster peer" for case, value in result["ratio"].items()))
-  folder.mkdir(parents=True, exist_ok=True)
   write_text(path, "\n\n".join(words) + "\n")
   write_text(path.with_suffix(".json"), dump_json(result) + "\n")
   return path

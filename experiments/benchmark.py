@@ -4,6 +4,7 @@
     python -m experiments.benchmark train_step --method=dynamic --k=1,2,4,8 --peers=none
     python -m experiments.benchmark moe_layer --experts=16x512,64x128 --k=8
     python -m experiments.benchmark attention|decode|data
+    python -m experiments.benchmark tpu_compile      # ahead of time, without a TPU; needs libtpu
 
 Contenders take turns, each in a process of its own. The table goes to stderr
 and, with the figures and the machine, into dated files under --out; the result
@@ -23,7 +24,7 @@ from absl import flags
 from moe_lab.config import program
 from moe_lab.errors import UserError, did_you_mean
 
-BENCHMARKS = ("train_step", "moe_layer", "attention", "decode", "data")
+BENCHMARKS = ("train_step", "moe_layer", "attention", "decode", "data", "tpu_compile")
 METHODS = ("topk", "dynamic", "dynamic_rollouts", "overflow")
 
 FLAGS = flags.FlagValues()
@@ -50,6 +51,13 @@ def main(benchmark: str) -> dict:
   from benchmarks.measure import measure
 
   described = machine.describe()
+  if benchmark == "tpu_compile":
+    from benchmarks import tpu_compile
+
+    compiled = tpu_compile.report()
+    path = tpu_compile.save(Path(FLAGS.out), compiled, described)
+    print(f"\n{path.read_text()}\n{path}", file=sys.stderr)
+    return {"benchmark": benchmark, "machine": described, "results": compiled, "file": path}
   preset = FLAGS.preset if FLAGS.preset != "auto" else ("gpu" if described["accelerator"] else "cpu")
   contenders = _contenders(benchmark, _cases(preset), preset)
   measured, peak = measure(contenders, FLAGS.rounds, preset, log.info)

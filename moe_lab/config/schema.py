@@ -45,8 +45,11 @@ class ModelConfig:
   attention_backend: str = "auto"  # auto | reference | blocked
   attention_block: int = 64  # rows of a block of the blocked back end
   dispatch: str = "auto"  # auto | dense | capacity | ragged
+  grouped_matmul: str = (
+    "auto"  # of ragged dispatch: auto | tiles (CPU) | ragged_dot (XLA) | tokamax (kernels, GPU and TPU)
+  )
   capacity_factor: float = 1.25  # rows per expert over the mean load; capacity dispatch only
-  remat: str = "none"  # none | full: recompute a layer's activations in the backward pass
+  remat: str = "none"  # what a layer's backward pass computes again: none | dots (all but matrix products) | full
 
   def __post_init__(self):
     for name in (
@@ -75,7 +78,8 @@ class ModelConfig:
     _check_choice("model.attention_backend", self.attention_backend, ("auto", "reference", "blocked"))
     _check_choice("model.dispatch", self.dispatch, ("auto", "dense", "capacity", "ragged"))
     _check_range("model.capacity_factor", self.capacity_factor, 0, open_low=True)
-    _check_choice("model.remat", self.remat, ("none", "full"))
+    _check_choice("model.grouped_matmul", self.grouped_matmul, ("auto", "tiles", "ragged_dot", "tokamax"))
+    _check_choice("model.remat", self.remat, ("none", "dots", "full"))
 
 
 @dataclasses.dataclass(frozen=True)

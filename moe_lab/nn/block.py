@@ -44,6 +44,7 @@ class Block(nn.Module):
   model: ModelConfig
   routing: RoutingConfig
   moe: bool
+  mesh: jax.sharding.Mesh | None = None
 
   @nn.compact
   def __call__(
@@ -69,5 +70,6 @@ class Block(nn.Module):
       key=layer.key,
       decisions=layer.decisions,
     )
-    y_TD, stats = MoE(self.model, self.routing, out_scale, name="moe")(normed_BLD.reshape(-1, dim), context)
+    moe = MoE(self.model, self.routing, out_scale, self.mesh, name="moe")
+    y_TD, stats = moe(normed_BLD.reshape(-1, dim), context)
     return x_BLD + y_TD.reshape(x_BLD.shape), (stats, cache)

@@ -3,6 +3,7 @@
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from moe_lab.config.schema import ModelConfig, RoutingConfig
@@ -12,14 +13,21 @@ from moe_lab.ops.grouped_mlp import ExpertWeights
 from moe_lab.routing.base import RouterContext, RouterStats
 from moe_lab.routing.dispatch import dispatch
 from moe_lab.routing.registry import make_router
+from moe_lab.sharding.expert import expert_parallel, platform, splits
 
 
 class MoE(nn.Module):
-  """Routes each token to some experts and adds their gated results."""
+  """Routes each token to some experts and adds their gated results.
+
+  Attributes:
+    out_scale: factor on the initial weights of the outputs.
+    mesh: of devices; where its "expert" axis is larger than 1, the experts are spread over it.
+  """
 
   model: ModelConfig
   routing: RoutingConfig
   out_scale: float
+  mesh: jax.sharding.Mesh | None = None
 
   @nn.compact
   def __call__(self, x_TD, context: RouterContext) -> tuple[jnp.ndarray, RouterStats]:
@@ -42,9 +50,15 @@ class MoE(nn.Module):
     )
     # Capacity drops tokens by their neighbours; at inference (no key) nothing may depend on them.
     backend = "ragged" if model.dispatch == "capacity" and context.key is None else model.dispatch
-    mean_count = routing.k if routing.method == "topk" else routing.budget
-    capacity = math.ceil(model.capacity_factor * x_TD.shape[0] * mean_count / num_experts)
-    y_TD, dropped = dispatch(x_TD, assignment, weights, backend=backend, capacity=capacity)
+    experts = model.grouped_matmul
+    if experts == "auto":
+      experts = "tiles" if platform(self.mesh) == "cpu" else "ragged_dot"
+    if backend in ("auto", "ragged") and splits(self.mesh, x_TD.shape[0]):
+      y_TD, dropped = expert_parallel(x_TD, assignment, weights, self.mesh), jnp.zeros(())
+    else:
+      mean_count = routing.k if routing.method == "topk" else routing.budget
+      capacity = math.ceil(model.capacity_factor * x_TD.shape[0] * mean_count / num_experts)
+      y_TD, dropped = dispatch(x_TD, assignment, weights, backend=backend, capacity=capacity, experts=experts)
     if model.num_shared_experts:
       # One MLP of the joint width is the same function as so many experts that every token takes.
       y_TD += MLP(model.num_shared_experts * hidden, self.out_scale, name="shared")(x_TD)

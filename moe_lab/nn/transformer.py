@@ -12,6 +12,8 @@ from moe_lab.nn.block import Block, LayerInputs, SharedInputs
 from moe_lab.nn.layers import RMSNorm, scaled_normal
 from moe_lab.routing.base import Decisions, RouterState, RouterStats
 
+_REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_saveable, "full": jax.checkpoint_policies.nothing_saveable}
+
 
 class Output(NamedTuple):
   """What a forward pass returns.
@@ -40,9 +42,14 @@ def head(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
 
 
 class Transformer(nn.Module):
-  """A decoder-only language model. Pure: everything that varies is an argument."""
+  """A decoder-only language model. Pure: everything that varies is an argument.
+
+  Attributes:
+    mesh: the devices that share the experts (`sharding/expert.py`); None: no sharing.
+  """
 
   config: Config
+  mesh: jax.sharding.Mesh | None = None
 
   @nn.compact
   def __call__(
@@ -78,7 +85,9 @@ class Transformer(nn.Module):
     shared = SharedInputs(segment_BL, jnp.asarray(offset, jnp.int32), budget_B, jax.lax.stop_gradient(x_BLD))
 
     num_dense = config.num_dense_layers
-    block = nn.remat(Block, prevent_cse=False) if config.remat == "full" else Block
+    block = Block
+    if config.remat != "none":
+      block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[config.remat])
     stats, new_caches = None, []
     for is_moe, layers in ((False, slice(0, num_dense)), (True, slice(num_dense, config.num_layers))):
       num_layers = layers.stop - layers.start
@@ -90,7 +99,7 @@ class Transformer(nn.Module):
       inputs = LayerInputs(router_state, keys, decisions, layer_cache) if is_moe else dense_inputs
       scanned = nn.scan(
         block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=num_layers
-      )(config, self.config.routing, is_moe, name="moe_layers" if is_moe else "dense_layers")
+      )(config, self.config.routing, is_moe, self.mesh, name="moe_layers" if is_moe else "dense_layers")
       x_BLD, (stats, layer_cache) = scanned(x_BLD, inputs, shared)  # the last layers are always mixtures of experts
       new_caches.append(layer_cache)
     if cache is not None:

@@ -6,13 +6,19 @@ output. Back ends, equal in values and gradients:
   reference   every expert on every row, masked: the definition.
   ragged_dot  `jax.lax.ragged_dot`: for GPU and TPU. On CPU it costs E times
               the work; `tiled_experts.py` is for there.
+  tokamax     kernels of the tokamax library (Mosaic, Triton), which it
+              chooses for the device; an extra of this package.
 """
 
 import functools
+import importlib
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from moe_lab.errors import ConfigError
 
 
 class ExpertWeights(NamedTuple):
@@ -41,10 +47,58 @@ def _reference(x_RD, weights: ExpertWeights, group_sizes_E):
   return jnp.einsum("ERD,RE->RD", y_ERD, jax.nn.one_hot(expert_R, y_ERD.shape[0], dtype=x_RD.dtype))
 
 
-def _ragged_dot(x_RD, weights: ExpertWeights, group_sizes_E):
-  dot = functools.partial(jax.lax.ragged_dot, group_sizes=group_sizes_E, preferred_element_type=jnp.float32)
-  hidden = jax.nn.silu(dot(x_RD, weights.gate_EDF)) * dot(x_RD, weights.up_EDF)
-  return dot(hidden.astype(x_RD.dtype), weights.down_EFD).astype(x_RD.dtype)
+def tgmm_weight_gradient(x_RD, dy_RF, group_sizes_E, *, interpret: bool = False):
+  """dw_EDF of `grouped_dot` by MegaBlocks' kernel for TPU (arXiv 2211.15841), which visits each row once.
+
+  XLA turns ragged_dot's own gradient into a dense product with masks on TPU: E times the work.
+  """
+  # Imported here, since Pallas is slow to load; by name, since the package hides the module behind a function.
+  tgmm = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm").tgmm
+  (rows, dim), hidden = x_RD.shape, dy_RF.shape[1]
+  tiling = (math.gcd(rows, 512), min(dim, 512), min(hidden, 512))
+  return tgmm(x_RD.T, dy_RF, group_sizes_E, jnp.float32, tiling, interpret=interpret)
+
+
+def xla_weight_gradient(x_RD, dy_RF, group_sizes_E):
+  """dw_EDF of `grouped_dot` as XLA does it: contracts each group's rows."""
+  dims = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+  return jax.lax.ragged_dot_general(x_RD, dy_RF, group_sizes_E, dims, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def grouped_dot(x_RD, w_EDF, group_sizes_E):
+  """Returns float32 [R, F]: each row times the matrix of its group."""
+  return jax.lax.ragged_dot(x_RD, w_EDF, group_sizes_E, preferred_element_type=jnp.float32)
+
+
+def _grouped_dot_backward(saved, dy_RF):
+  x_RD, w_EDF, group_sizes_E = saved
+  dy_RF = dy_RF.astype(x_RD.dtype)
+  dx_RD = jax.lax.ragged_dot(dy_RF, w_EDF.swapaxes(1, 2), group_sizes_E, preferred_element_type=jnp.float32)
+  # Chosen when it is lowered: a compilation ahead of time for TPU runs on a machine whose own backend is CPU.
+  dw_EDF = jax.lax.platform_dependent(x_RD, dy_RF, group_sizes_E, tpu=tgmm_weight_gradient, default=xla_weight_gradient)
+  return dx_RD.astype(x_RD.dtype), dw_EDF.astype(w_EDF.dtype), None
+
+
+grouped_dot.defvjp(lambda *inputs: (grouped_dot(*inputs), inputs), _grouped_dot_backward)
+
+
+def tokamax_dot(x_RD, w_EDF, group_sizes_E):
+  """As `grouped_dot`, by tokamax."""
+  try:
+    import tokamax
+  except ImportError:
+    wanted = "the tokamax library, pip install -e '.[kernels]', or another back end"
+    raise ConfigError("model.grouped_matmul", "tokamax", wanted) from None
+  return tokamax.ragged_dot(x_RD, w_EDF, group_sizes_E, preferred_element_type=jnp.float32)
+
+
+def _by_dots(x_RD, weights: ExpertWeights, group_sizes_E, dot):
+  rows = x_RD.shape[0]
+  # Only whole blocks of eight rows get a kernel on TPU; others cost E times the work.
+  x_RD = jnp.pad(x_RD, ((0, -rows % 8), (0, 0)))
+  hidden = jax.nn.silu(dot(x_RD, weights.gate_EDF, group_sizes_E)) * dot(x_RD, weights.up_EDF, group_sizes_E)
+  return dot(hidden.astype(x_RD.dtype), weights.down_EFD, group_sizes_E).astype(x_RD.dtype)[:rows]
 
 
 def grouped_mlp(
@@ -56,7 +110,7 @@ def grouped_mlp(
     x_RD: rows, sorted by expert.
     weights: of all experts, in the rows' dtype.
     group_sizes_E: int32, rows of each expert, summing to at most R.
-    backend: reference | ragged_dot.
+    backend: reference | ragged_dot | tokamax.
 
   Returns:
     [R, D]; rows beyond sum(group_sizes_E) are undefined.
@@ -64,5 +118,7 @@ def grouped_mlp(
   if backend == "reference":
     return _reference(x_RD, weights, group_sizes_E)
   if backend == "ragged_dot":
-    return _ragged_dot(x_RD, weights, group_sizes_E)
-  raise ValueError(f"grouped_mlp backend {backend!r}: wanted reference or ragged_dot")
+    return _by_dots(x_RD, weights, group_sizes_E, grouped_dot)
+  if backend == "tokamax":
+    return _by_dots(x_RD, weights, group_sizes_E, tokamax_dot)
+  raise ValueError(f"grouped_mlp backend {backend!r}: wanted reference, ragged_dot or tokamax")

@@ -113,7 +113,7 @@ TEXT = ("--config.data.sources=text:text", "--workdir=new")
     ("generate", ("--workdir=run", "--bugdet=2"), ("bugdet", "budget")),
     ("report", ("--workdir=nowhere",), ("nowhere",)),
     ("benchmark", (), ("benchmark", "train_step", "decode")),
-    ("benchmark", ("train_stp",), ("train_stp", "did you mean train_step")),
+    ("benchmark", ("train_stp",), ("train_stp", "did you mean 'train_step'")),
     ("benchmark", ("moe_layer", "decode"), ("decode", "flags only")),
     ("benchmark", ("moe_layer", "--method=dynamc"), ("--method=dynamc", "dynamic")),
     ("benchmark", ("moe_layer", "--k=2.5"), ("--k=2.5", "whole number")),

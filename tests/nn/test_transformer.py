@@ -139,7 +139,9 @@ def gradient(config):
   return jax.jit(jax.grad(loss))(parameters(make("dynamic")))
 
 
-@pytest.mark.parametrize("changes", [dict(remat="full"), dict(attention_backend="reference"), dict(dispatch="dense")])
+@pytest.mark.parametrize(
+  "changes", [dict(remat="full"), dict(remat="dots"), dict(attention_backend="reference"), dict(dispatch="dense")]
+)
 def test_faster_ways_have_the_same_gradients(changes):
   got, want = gradient(make("dynamic", **changes)), gradient(make("dynamic"))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * (1 + np.abs(b).max())), got, want)

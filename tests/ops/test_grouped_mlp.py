@@ -1,15 +1,19 @@
-"""Experts over sorted rows: two back ends, one function. The third, `tiled_experts`, is tested with its dispatch."""
+"""Experts over sorted rows: several back ends, one function. Another, `tiled_experts`, is tested with its dispatch."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 
-from moe_lab.ops.grouped_mlp import ExpertWeights, grouped_mlp
+from moe_lab.ops.grouped_mlp import ExpertWeights, grouped_mlp, tgmm_weight_gradient, xla_weight_gradient
 
-BACKENDS = ["reference", "ragged_dot"]
+# tokamax is an extra: where it is installed it is held to the same.
+BACKENDS = ["reference", "ragged_dot"] + (["tokamax"] if importlib.util.find_spec("tokamax") else [])
+flags.FLAGS.mark_as_parsed()  # tokamax reads flags of its own; programs do the same
 ROWS, DIM, EXPERTS, HIDDEN = 20, 6, 4, 5
 GROUPS = {
   "all_rows_used": [8, 4, 4, 4],
@@ -93,7 +97,15 @@ def test_bfloat16_stays_near_float32(backend):
     np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_kernel_of_the_weight_gradient_equals_xla(name):
+  x_RD, dy_RF = (jax.random.normal(jax.random.key(seed), (24, width)) for seed, width in ((1, DIM), (2, HIDDEN)))
+  groups_E = jnp.asarray(GROUPS[name], jnp.int32)
+  got_EDF = tgmm_weight_gradient(x_RD, dy_RF, groups_E, interpret=True)
+  np.testing.assert_allclose(got_EDF, xla_weight_gradient(x_RD, dy_RF, groups_E), atol=2e-5)
+
+
 def test_a_wrong_name_fails():
   _, case = random_case("empty_groups")
-  with pytest.raises(ValueError, match="loops.*wanted reference or ragged_dot"):
+  with pytest.raises(ValueError, match="loops.*wanted reference, ragged_dot or tokamax"):
     values_and_gradients(*case, backend="loops")

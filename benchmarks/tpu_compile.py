@@ -1,0 +1,149 @@
+"""Compiles a training step for TPUs that are not there, and reads off memory and communication.
+
+    python -m experiments.benchmark tpu_compile
+
+Needs libtpu, which holds the compiler, and no TPU.
+"""
+
+import collections
+import importlib.util
+import math
+import os
+import re
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from benchmarks import results
+from moe_lab.config.schema import Config, DataConfig, ModelConfig, RoutingConfig, TrainConfig
+from moe_lab.errors import UserError
+from moe_lab.io.files import dump_json, write_text
+from moe_lab.nn.transformer import Transformer
+from moe_lab.sharding.expert import TOKENS, state_shardings
+from moe_lab.train.optimizer import make_optimizer
+from moe_lab.train.state import initial_state
+from moe_lab.train.step import make_train_step
+from moe_lab.types import Batch
+
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1")
+MESHES = ((1, 1), (1, 4))  # data, expert
+CONFIG = Config(
+  model=ModelConfig(
+    dim=512, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=64, num_experts=16, expert_dim=512, dtype="bfloat16"
+  ),
+  routing=RoutingConfig(method="topk", k=2),
+  data=DataConfig(vocab_size=8192, seq_len=512),
+  train=TrainConfig(batch_size=8),
+)
+
+# libtpu would ask the cloud which machine this is, and wait for an answer.
+_ENVIRONMENT = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+_COLLECTIVES = (
+  "all-gather|all-reduce|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute|collective-broadcast"
+)
+_COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({_COLLECTIVES})(?:-start)?\(", re.MULTILINE)
+_LAYOUT = re.compile(r"\{[^}]*\}|/\*[^*]*\*/")
+_DIMENSIONS = re.compile(r"\w+\[([\d,]*)\]")
+
+
+def _mesh(topology: str, shape: tuple[int, int]) -> Mesh:
+  """The first devices of a topology, as a mesh of ("data", "expert")."""
+  if importlib.util.find_spec("libtpu") is None:
+    raise UserError("compiling for TPU wants libtpu: pip install libtpu, or the extra `tpu` of this package")
+  for name, value in _ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+  jax.config.update("jax_platforms", "cpu")  # with libtpu about, jax would look for a TPU to run on
+  devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+  return Mesh(np.array(devices[: math.prod(shape)]).reshape(shape), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
+
+
+def _collectives(hlo: str) -> list[dict]:
+  """Returns the collectives of a program: opcode, shape and how often it is written there."""
+  count = collections.Counter((opcode, _LAYOUT.sub("", shape)) for shape, opcode in _COLLECTIVE.findall(hlo))
+  return [{"opcode": opcode, "shape": shape, "count": n} for (opcode, shape), n in sorted(count.items())]
+
+
+def _largest(shape: str) -> int:
+  """Elements of the largest array of an HLO shape, which may be a tuple."""
+  return max(math.prod(int(n) for n in dims.split(",") if n) for dims in _DIMENSIONS.findall(shape))
+
+
+def compile_for(topology: str, config: Config, mesh_shape: tuple[int, int]) -> dict:
+  """Compiles the training step of `config` for the first chips of a topology.
+
+  Args:
+    topology: as TPUs are sold: "v5e:2x2".
+    config: of the run.
+    mesh_shape: chips along "data" and along "expert".
+
+  Returns:
+    topology, chips, seconds of compilation, bytes a chip by kind, `collectives`, and `gathers_all_experts`: whether
+    any all-gather makes an array as large as one matrix of all experts of a layer, or larger.
+  """
+  mesh = _mesh(topology, mesh_shape)
+  optimizer = make_optimizer(config.train)
+  state = jax.eval_shape(lambda: initial_state(config, optimizer))
+  rows = jax.ShapeDtypeStruct((config.train.batch_size, config.data.seq_len + 1), jnp.int32)
+  batch = Batch(rows, rows, rows)
+  shardings = state_shardings(state, mesh), jax.tree.map(lambda _: NamedSharding(mesh, TOKENS), batch)
+  inputs = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), (state, batch), shardings
+  )
+  lowered = make_train_step(config, Transformer(config, mesh), optimizer).lower(*inputs)
+  start = time.perf_counter()
+  compiled = lowered.compile()
+  seconds = time.perf_counter() - start
+  memory, collectives = compiled.memory_analysis(), _collectives(compiled.as_text())
+  all_experts = config.model.num_experts * config.model.dim * config.model.expert_dim
+  return {
+    "topology": topology,
+    "chips": mesh.size,
+    "compile_seconds": seconds,
+    "argument_bytes": memory.argument_size_in_bytes,
+    "temporary_bytes": memory.temp_size_in_bytes,
+    "peak_bytes": getattr(memory, "peak_memory_in_bytes", None),
+    "collectives": collectives,
+    "gathers_all_experts": any(
+      c["opcode"] == "all-gather" and _largest(c["shape"]) >= all_experts for c in collectives
+    ),
+  }
+
+
+def report() -> list[dict]:
+  """Returns `compile_for` of each topology, on one chip and on four that share the experts."""
+  return [compile_for(topology, CONFIG, shape) for topology in TOPOLOGIES for shape in MESHES]
+
+
+def save(folder: Path, compiled: list[dict], machine: dict) -> Path:
+  """Writes the report under today's date as .md and .json; returns the .md."""
+  rows = [("topology", "chips", "compile", "arguments", "temporaries", "gathers all experts", "collectives")]
+  for one in compiled:
+    count = collections.Counter()
+    for collective in one["collectives"]:
+      count[collective["opcode"]] += collective["count"]
+    rows.append(
+      (
+        one["topology"],
+        str(one["chips"]),
+        f"{one['compile_seconds']:.0f} s",
+        f"{one['argument_bytes'] / 2**20:,.0f} MiB",
+        f"{one['temporary_bytes'] / 2**20:,.0f} MiB",
+        "yes" if one["gathers_all_experts"] else "no",
+        ", ".join(f"{n} {opcode}" for opcode, n in sorted(count.items())) or "none",
+      )
+    )
+  path = results.new_file(folder, "tpu_compile", machine)
+  text = f"# tpu_compile\n\nMemory is a chip's. Compiled on {results.in_words(machine)}\n\n{results.markdown(rows)}\n"
+  write_text(path, text)
+  write_text(path.with_suffix(".json"), dump_json({"machine": machine, "results": compiled}) + "\n")
+  return path

@@ -1,0 +1,118 @@
+"""Expert parallelism: each device holds some experts, and the tokens' rows travel to them and back.
+
+Tokens are spread over the axes ("data", "expert") of a mesh, experts over
+"expert" alone. A device sorts the rows of its tokens by expert, hence by the
+device that holds it; an all-to-all exchange takes them there and the results
+back (GShard, arXiv 2006.16668). No row is ever dropped: the buffers have room for all
+rows of all devices that meet on one. Left to XLA's own partitioning, every
+device would gather all experts' weights instead.
+
+Dimensions here: N devices along "expert", E / N experts each; R rows sent by
+a device, S rows in its buffer of received ones.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_lab.ops.grouped_mlp import ExpertWeights, expert_of_row, grouped_mlp
+from moe_lab.ops.rows import cut, gate_of_row, lay_out, sort_by_expert, to_rows, to_tokens
+
+AXIS = "expert"
+TOKENS = P(("data", AXIS))  # of the leading axis: tokens, or a batch's sequences
+
+
+def platform(mesh: Mesh | None) -> str:
+  """Returns what is compiled for; ahead of time, the mesh's devices are not this machine's own."""
+  return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def splits(mesh: Mesh | None, num_tokens: int) -> bool:
+  """Returns whether there are devices to spread the experts over, and an equal share of tokens for each."""
+  if mesh is None or mesh.shape[AXIS] == 1:
+    return False
+  return num_tokens % (mesh.shape["data"] * mesh.shape[AXIS]) == 0
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+  """Returns the sharding of each leaf of a training state: experts ([Z, E, ...]; moments too) spread, others copied."""
+
+  def one(path, _):
+    is_expert = str(getattr(path[-1], "key", "")) in ExpertWeights._fields
+    return NamedSharding(mesh, P(None, AXIS) if is_expert else P())
+
+  return jax.tree_util.tree_map_with_path(one, state)
+
+
+def _ragged_all_to_all(x_RD, send_N, receive_N, num_rows: int):
+  """Sends the first rows to device 0, the next to device 1, ...; what arrives is in the senders' order."""
+  sent_NN = jax.lax.all_gather(send_N, AXIS)  # [from, to]
+  # Where this device's rows begin at each receiver: behind those of the devices before it.
+  place_N = (jnp.cumsum(sent_NN, axis=0) - sent_NN)[jax.lax.axis_index(AXIS)]
+  out_SD = jnp.zeros((num_rows, x_RD.shape[1]), x_RD.dtype)
+  first_N = jnp.cumsum(send_N) - send_N
+  return jax.lax.ragged_all_to_all(x_RD, out_SD, first_N, send_N, place_N, receive_N, axis_name=AXIS)
+
+
+def _local(x_TD, expert_TK, gate_TK, valid_TK, weights: ExpertWeights, *, devices: int, exchange: str):
+  """One device's part: y_TD of its tokens, by way of every device's experts."""
+  num_tokens, slots = expert_TK.shape
+  pairs, own = num_tokens * slots, weights.gate_EDF.shape[0]
+  all_to_all = functools.partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0, tiled=True)
+  # Cast on the device, so that the gradients of devices along "data" are added in float32.
+  weights = ExpertWeights(*(w.astype(x_TD.dtype) for w in weights))
+
+  expert_R = jnp.where(valid_TK, expert_TK, devices * own).reshape(-1)
+  pair_R, rows_E = sort_by_expert(expert_R, devices * own)
+  sent_NE = rows_E.reshape(devices, own)
+  received_NE = all_to_all(sent_NE)  # [from, own expert]
+  send_N, receive_N = sent_NE.sum(1), received_NE.sum(1)
+  if exchange == "padded":  # every block has room for all of a device's rows
+    pair_R, used_R = cut(pair_R, send_N, pairs)
+    expert_S = jax.vmap(expert_of_row, (0, None))(received_NE, pairs).reshape(-1)
+    there = back = all_to_all
+  else:
+    used_R = jnp.arange(pairs) < send_N.sum()
+    group_S = expert_of_row(received_NE.reshape(-1), devices * pairs)
+    expert_S = jnp.where(group_S < devices * own, group_S % own, own)
+    there = functools.partial(_ragged_all_to_all, send_N=send_N, receive_N=receive_N, num_rows=devices * pairs)
+    back = functools.partial(_ragged_all_to_all, send_N=receive_N, receive_N=send_N, num_rows=pairs)
+
+  layout = lay_out(pair_R, used_R, num_tokens, slots)
+  x_SD = there(to_rows(x_TD, layout))
+  order_S, rows_E = sort_by_expert(expert_S, own)
+  # The received rows in order of their experts: each is a token with one slot.
+  order = lay_out(order_S, jnp.arange(order_S.size) < rows_E.sum(), order_S.size, 1)
+  y_RD = back(to_tokens(grouped_mlp(to_rows(x_SD, order), weights, rows_E), order))
+  gate_R = gate_of_row(gate_TK, pair_R, used_R)
+  return to_tokens(y_RD * gate_R[:, None].astype(y_RD.dtype), layout)
+
+
+def expert_parallel(
+  x_TD: jax.Array, assignment: Any, weights: ExpertWeights, mesh: Mesh, *, exchange: str | None = None
+) -> jax.Array:
+  """Runs each token through its experts, wherever they are, and sums the gated results.
+
+  Args:
+    x_TD: hidden states; T is a multiple of the devices along both axes (`splits`).
+    assignment: `routing.base.Assignment`, the experts of each token.
+    weights: of all experts, E a multiple of the devices along "expert"; cast to the hidden states' type.
+    mesh: of devices, with axes "data" and "expert".
+    exchange: ragged (sends the rows in use) | padded (blocks of the worst case, for CPU, which has no ragged one);
+      by default what the mesh's devices can do.
+
+  Returns:
+    y_TD in the hidden states' type, spread as the tokens are.
+  """
+  if exchange is None:
+    exchange = "padded" if platform(mesh) == "cpu" else "ragged"
+  local = functools.partial(_local, devices=mesh.shape[AXIS], exchange=exchange)
+  # The check of what varies over which axis knows neither the ragged exchange nor the kernels.
+  run = jax.shard_map(
+    local, mesh=mesh, in_specs=(TOKENS, TOKENS, TOKENS, TOKENS, P(AXIS)), out_specs=TOKENS, check_vma=False
+  )
+  return run(x_TD, assignment.expert_TK, assignment.gate_TK, assignment.valid_TK, weights)

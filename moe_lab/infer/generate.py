@@ -10,7 +10,7 @@ import numpy as np
 from moe_lab.config.schema import Config
 from moe_lab.infer.cache import empty_cache
 from moe_lab.infer.sampling import sample
-from moe_lab.nn.transformer import Transformer, head
+from moe_lab.nn.transformer import Transformer, head, unstack_layers
 from moe_lab.routing.base import RouterState
 
 MIN_LENGTH = 64  # cache lengths are powers of two from here, so that few are ever compiled
@@ -35,8 +35,8 @@ class Generator:
 
   def __init__(self, config: Config, params, router_state: RouterState):
     """Args: config: of the model; params: its; router_state: with the greedy rule's calibration."""
-    self._config, self._params, self._router_state = config, params, router_state
-    self._model = Transformer(config)
+    self._config, self._params, self._router_state = config, unstack_layers(params), router_state
+    self._model = Transformer(config, unrolled=True)
     self._advance = jax.jit(self._forward, donate_argnums=2)
     self._sample = jax.jit(sample)
 

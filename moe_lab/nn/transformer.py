@@ -46,10 +46,13 @@ class Transformer(nn.Module):
 
   Attributes:
     mesh: the devices that share the experts (`sharding/expert.py`); None: no sharing.
+    unrolled: every layer has parameters of its own (`unstack_layers`), and is compiled by itself. A scan copies each
+      layer's weights out of the stack, which hardly counts in training and is most of the time of decoding.
   """
 
   config: Config
   mesh: jax.sharding.Mesh | None = None
+  unrolled: bool = False
 
   @nn.compact
   def __call__(
@@ -97,10 +100,10 @@ class Transformer(nn.Module):
       keys = None if key is None else jax.random.split(key, num_layers)
       dense_inputs = LayerInputs(None, None, Decisions(), layer_cache)
       inputs = LayerInputs(router_state, keys, decisions, layer_cache) if is_moe else dense_inputs
-      scanned = nn.scan(
-        block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=num_layers
-      )(config, self.config.routing, is_moe, self.mesh, name="moe_layers" if is_moe else "dense_layers")
-      x_BLD, (stats, layer_cache) = scanned(x_BLD, inputs, shared)  # the last layers are always mixtures of experts
+      name = "moe_layers" if is_moe else "dense_layers"
+      run = self._unrolled if self.unrolled else self._scanned
+      # The last layers are always mixtures of experts: theirs are the statistics that remain.
+      x_BLD, (stats, layer_cache) = run(block, name, num_layers, is_moe, x_BLD, inputs, shared)
       new_caches.append(layer_cache)
     if cache is not None:
       cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *new_caches)
@@ -110,3 +113,33 @@ class Transformer(nn.Module):
     if not config.tie_embeddings:
       head_VD = self.param("head_VD", scaled_normal(config.dim**-0.5), embedding_VD.shape, jnp.float32)
     return Output(x_BLD, head_VD, stats, cache)
+
+  def _scanned(self, block, name: str, num_layers: int, is_moe: bool, x_BLD, inputs: LayerInputs, shared: SharedInputs):
+    """Runs layers whose parameters are stacked, [Z, ...]; so are what they are given and what they return."""
+    layers = nn.scan(
+      block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=num_layers
+    )
+    return layers(self.config.model, self.config.routing, is_moe, self.mesh, name=name)(x_BLD, inputs, shared)
+
+  def _unrolled(
+    self, block, name: str, num_layers: int, is_moe: bool, x_BLD, inputs: LayerInputs, shared: SharedInputs
+  ):
+    """As `_scanned`, one by one, with parameters NAME_0, NAME_1, ..."""
+    outputs = []
+    for z in range(num_layers):
+      layer = block(self.config.model, self.config.routing, is_moe, self.mesh, name=f"{name}_{z}")
+      x_BLD, output = layer(x_BLD, jax.tree.map(lambda leaf, z=z: leaf[z], inputs), shared)
+      outputs.append(output)
+    return x_BLD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def unstack_layers(params: dict) -> dict:
+  """Returns the parameters of a scanned `Transformer` as an unrolled one wants them."""
+  unstacked = {}
+  for name, value in params.items():
+    if name in ("moe_layers", "dense_layers"):
+      for z in range(jax.tree.leaves(value)[0].shape[0]):
+        unstacked[f"{name}_{z}"] = jax.tree.map(lambda leaf, z=z: leaf[z], value)
+    else:
+      unstacked[name] = value
+  return unstacked

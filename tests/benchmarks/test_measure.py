@@ -81,3 +81,4 @@ def test_the_line_through_the_fixed_cost():
   assert plot.fitted(measured) == pytest.approx((0.1, 0.2, 1.0))
   assert "100 ms + 200 ms per expert" in plot.time_by_experts(measured)
   assert plot.time_by_experts(measured[:2]) == ""
+  assert plot.time_by_experts([result(experts=k) for k in (1.99, 2.0, 2.01)]) == ""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from benchmarks.worker import Contender
 from moe_lab.errors import RunError
 
+RUNS = 2  # timed runs a turn
 PAUSE = 0.5  # seconds before a run, in which the last contender's threads stop spinning
 PEAK_SIZES = {"cpu": (1024, 2048), "gpu": (4096, 8192)}
 
@@ -104,7 +105,7 @@ def measure(
 
   Args:
     contenders: each gets a process; all stay alive until the end.
-    rounds: timed runs of each.
+    rounds: turns of each, of `RUNS` timed runs.
     preset: decides the sizes of the dense product that stands for the machine's peak.
     note: is told about progress.
 
@@ -127,7 +128,7 @@ def measure(
         peak = max(peak, *(product["flops_per_second"] for product in products))
       for process in processes:
         time.sleep(PAUSE)
-        process.seconds += process.ask(run=1)["seconds"]
+        process.seconds += process.ask(run=1 + RUNS)["seconds"][1:]  # the first finds cold memory
       note(f"round {done + 1} of {rounds}: " + "  ".join(f"{p.seconds[-1]:.3g} s" for p in processes))
     return [process.result() for process in processes], peak
   finally:

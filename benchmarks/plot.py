@@ -4,6 +4,7 @@ import numpy as np
 
 from benchmarks.measure import Result
 from moe_lab.report.charts import Series, line_chart
+from moe_lab.report.page import escape, figure, page
 
 
 def fitted(results: list[Result]) -> tuple[float, float, float] | None:
@@ -36,3 +37,11 @@ def time_by_experts(results: list[Result]) -> str:
     y_label="ms per step",
     include_zero=True,
   )
+
+
+def page_of(drawing: str, table: str, command: str) -> str:
+  """Returns a page that shows a drawing with its table and command; "" without a drawing."""
+  if not drawing:
+    return ""
+  body = figure(drawing, "Ours; the line is fitted to the medians.") + f"<pre>{escape(table)}</pre>"
+  return page("Step time against experts", f"<p><code>{escape(command)}</code></p>", [("Time", body)])

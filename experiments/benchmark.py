@@ -33,7 +33,9 @@ flags.DEFINE_list("method", ["topk"], f"Routing: {', '.join(METHODS)}.", flag_va
 flags.DEFINE_list("experts", [], "Number and hidden width of experts, as in 16x512,64x128.", flag_values=FLAGS)
 flags.DEFINE_enum("preset", "auto", ["auto", "cpu", "gpu"], "The shapes; auto: by what is here.", flag_values=FLAGS)
 flags.DEFINE_enum("peers", "all", ["all", "none"], "Whether to measure the peers.", flag_values=FLAGS)
-flags.DEFINE_integer("rounds", 9, "Timed runs of each contender.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+  "rounds", 5, "Turns of each contender, of two timed runs and one before them.", lower_bound=1, flag_values=FLAGS
+)
 flags.DEFINE_string("out", "benchmarks/results", "The folder of the dated files.", flag_values=FLAGS)
 
 log = logging.getLogger("experiments.benchmark")
@@ -65,8 +67,8 @@ def main(benchmark: str) -> dict:
   text = results.table(measured, peak)
   command = "python -m experiments.benchmark " + " ".join(sys.argv[1:])
   path = results.save(Path(FLAGS.out), benchmark, text, result, command)
-  if drawing := plot.time_by_experts(measured):
-    path.with_suffix(".svg").write_text(drawing)
+  if drawing := plot.page_of(plot.time_by_experts(measured), text, command):
+    path.with_suffix(".html").write_text(drawing)
   print(f"\n{text}\n\n{path}", file=sys.stderr)
   return result | {"file": path}
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import flops
 from benchmarks.case import NEW, PROMPT, Case
 from benchmarks.work import Work
-from moe_lab.evaluate.flops import forward_flops_per_token
 from moe_lab.infer.generate import Generator
 from moe_lab.nn.moe import MoE
 from moe_lab.nn.transformer import Transformer
@@ -57,8 +57,7 @@ def train_step(case: Case, variant: str) -> Work:
   def report():
     mean = float(np.mean([metrics.count_mean_Z() for metrics in now["metrics"]]))
     executed = float(np.mean([metrics.token_count for metrics in now["metrics"]]))  # second rollouts included
-    forward = forward_flops_per_token(config, mean, (case.seq_len + 1) / 2)["total"]
-    return {"mean_experts": mean, "rolled_out_tokens": executed, "flops": 3 * forward * executed}
+    return {"mean_experts": mean, "rolled_out_tokens": executed, "flops": flops.train_step(case, mean, executed)}
 
   return Work(run, "token", case.batch_size * case.seq_len, report)
 
@@ -99,7 +98,7 @@ def moe_layer(case: Case, variant: str) -> Work:
 
   def report():
     mean = float(np.mean([stats.count_T for stats in done]))
-    numbers = {"mean_experts": mean, "flops": 18 * tokens * mean * case.dim * case.expert_dim}
+    numbers = {"mean_experts": mean, "flops": flops.moe_layer(case, mean)}
     if case.method == "overflow":
       dense = MoE(dataclasses.replace(config.model, dispatch="dense"), config.routing, 1.0)
       key = jax.random.key(0)
@@ -125,10 +124,10 @@ def attention_layer(case: Case, variant: str) -> Work:
 
     return jax.grad(loss, (0, 1, 2))(q, k, v)
 
-  tokens = case.batch_size * case.seq_len
-  flops = 12 * tokens * case.num_heads * case.head_dim * (case.seq_len + 1) / 2
-  run = lambda: jax.block_until_ready(both_ways(q, k, v, d_out))  # noqa: E731
-  return Work(run, "token", tokens, lambda: {"flops": flops})
+  def run():
+    jax.block_until_ready(both_ways(q, k, v, d_out))
+
+  return Work(run, "token", case.batch_size * case.seq_len, lambda: {"flops": flops.attention(case)})
 
 
 def decode(case: Case, variant: str) -> Work:
@@ -143,8 +142,8 @@ def decode(case: Case, variant: str) -> Work:
     experts.extend(step.experts for step in generator.generate(prompt, NEW, temperature=0.0))
 
   def report():
-    forward = forward_flops_per_token(config, float(np.mean(experts)), PROMPT / 2)["total"]
-    return {"mean_experts": float(np.mean(experts)), "flops": forward * (PROMPT + NEW)}
+    mean = float(np.mean(experts))
+    return {"mean_experts": mean, "flops": flops.decode(case, mean)}
 
   return Work(run, "token", NEW, report)
 

@@ -3,9 +3,9 @@
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from benchmarks import flops
 from benchmarks.case import NEW, PROMPT, Case
 from benchmarks.work import Work
-from moe_lab.evaluate.flops import forward_flops_per_token
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -75,8 +75,7 @@ def train_step(case: Case, variant: str) -> Work:
     _wait()
 
   def report():
-    forward = forward_flops_per_token(case.config(), case.k, (case.seq_len + 1) / 2)["total"]
-    return {"mean_experts": case.k, "flops": 3 * forward * tokens.numel()}
+    return {"mean_experts": case.k, "flops": flops.train_step(case, case.k, tokens.numel())}
 
   return Work(run, "token", tokens.numel(), report)
 
@@ -96,8 +95,7 @@ def moe_layer(case: Case, variant: str) -> Work:
     _wait()
 
   tokens = case.batch_size * case.seq_len
-  flops = 18 * tokens * case.k * case.dim * case.expert_dim
-  return Work(run, "token", tokens, lambda: {"mean_experts": case.k, "flops": flops})
+  return Work(run, "token", tokens, lambda: {"mean_experts": case.k, "flops": flops.moe_layer(case, case.k)})
 
 
 def attention_layer(case: Case, variant: str) -> Work:
@@ -112,9 +110,7 @@ def attention_layer(case: Case, variant: str) -> Work:
     torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).backward(d_out)
     _wait()
 
-  tokens = case.batch_size * case.seq_len
-  flops = 12 * tokens * case.num_heads * case.head_dim * (case.seq_len + 1) / 2
-  return Work(run, "token", tokens, lambda: {"flops": flops})
+  return Work(run, "token", case.batch_size * case.seq_len, lambda: {"flops": flops.attention(case)})
 
 
 def decode(case: Case, variant: str) -> Work:
@@ -130,8 +126,7 @@ def decode(case: Case, variant: str) -> Work:
       )  # fmt: skip
     _wait()
 
-  forward = forward_flops_per_token(case.config(), case.k, PROMPT / 2)["total"]
-  return Work(run, "token", NEW, lambda: {"mean_experts": case.k, "flops": forward * (PROMPT + NEW)})
+  return Work(run, "token", NEW, lambda: {"mean_experts": case.k, "flops": flops.decode(case, case.k)})
 
 
 BENCHMARKS = {"train_step": train_step, "moe_layer": moe_layer, "attention": attention_layer, "decode": decode}

@@ -62,8 +62,8 @@ def markdown(rows: list[tuple[str, ...]]) -> str:
   return "\n".join(lines)
 
 
-def new_file(folder: Path, name: str, machine: dict) -> Path:
-  """Returns the path of a .md file under today's date that is not there yet."""
+def write(folder: Path, name: str, machine: dict, text: str, data: dict) -> Path:
+  """Writes text as .md and data as .json under today's date, never over an older file; returns the .md."""
   device = (machine["accelerator"] or f"cpu{machine['cores']}").lower().replace(" ", "-")
   stem = f"{datetime.date.today().isoformat()}-{name}-{device}"
   folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +71,8 @@ def new_file(folder: Path, name: str, machine: dict) -> Path:
   while path.exists():
     number += 1
     path = folder / f"{stem}-{number}.md"
+  write_text(path, text)
+  write_text(path.with_suffix(".json"), dump_json(data) + "\n")
   return path
 
 
@@ -83,7 +85,6 @@ def in_words(machine: dict) -> str:
 
 def save(folder: Path, name: str, text: str, result: dict, command: str) -> Path:
   """Writes NAME under today's date as .md (the table) and .json; never over an older file. Returns the .md."""
-  path = new_file(folder, name, result["machine"])
   words = [
     f"# {name}, {datetime.date.today().isoformat()}",
     f"    {command}",
@@ -92,6 +93,4 @@ def save(folder: Path, name: str, text: str, result: dict, command: str) -> Path
   ]
   if result["ratio"]:
     words.append("\n".join(f"- {case}: {value:.2f} times the faster peer" for case, value in result["ratio"].items()))
-  write_text(path, "\n\n".join(words) + "\n")
-  write_text(path.with_suffix(".json"), dump_json(result) + "\n")
-  return path
+  return write(folder, name, result["machine"], "\n\n".join(words) + "\n", result)

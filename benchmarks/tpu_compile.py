@@ -22,7 +22,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from benchmarks import results
 from moe_lab.config.schema import Config, DataConfig, ModelConfig, RoutingConfig, TrainConfig
 from moe_lab.errors import UserError
-from moe_lab.io.files import dump_json, write_text
 from moe_lab.nn.transformer import Transformer
 from moe_lab.sharding.expert import TOKENS, state_shardings
 from moe_lab.train.optimizer import make_optimizer
@@ -142,8 +141,5 @@ def save(folder: Path, compiled: list[dict], machine: dict) -> Path:
         ", ".join(f"{n} {opcode}" for opcode, n in sorted(count.items())) or "none",
       )
     )
-  path = results.new_file(folder, "tpu_compile", machine)
   text = f"# tpu_compile\n\nMemory is a chip's. Compiled on {results.in_words(machine)}\n\n{results.markdown(rows)}\n"
-  write_text(path, text)
-  write_text(path.with_suffix(".json"), dump_json({"machine": machine, "results": compiled}) + "\n")
-  return path
+  return results.write(folder, "tpu_compile", machine, text, {"machine": machine, "results": compiled})

@@ -51,6 +51,7 @@ def main(benchmark: str) -> dict:
     )
   from benchmarks import machine, plot, results
   from benchmarks.measure import measure
+  from moe_lab.io.files import write_text
 
   described = machine.describe()
   if benchmark == "tpu_compile":
@@ -68,7 +69,7 @@ def main(benchmark: str) -> dict:
   command = "python -m experiments.benchmark " + " ".join(sys.argv[1:])
   path = results.save(Path(FLAGS.out), benchmark, text, result, command)
   if drawing := plot.page_of(plot.time_by_experts(measured), text, command):
-    path.with_suffix(".html").write_text(drawing)
+    write_text(path.with_suffix(".html"), drawing)
   print(f"\n{text}\n\n{path}", file=sys.stderr)
   return result | {"file": path}
 

@@ -9,6 +9,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["moe_lab", "moe_lab.*", "experiments", "experiments.*", "benchmarks"]),
+  package_data={"moe_lab.ops": ["cpu/*"]},
   install_requires=[
     "jax>=0.10,<0.13",
     "flax>=0.12,<0.13",

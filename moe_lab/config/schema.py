@@ -42,11 +42,12 @@ class ModelConfig:
   qk_bound: float = 8.0  # S: with qk_norm, |q.k| / sqrt(H) never exceeds this
   tie_embeddings: bool = False
   dtype: str = "float32"  # of activations: float32 | bfloat16; parameters stay float32
-  attention_backend: str = "auto"  # auto | reference | blocked
+  attention_backend: str = "auto"  # auto | reference | blocked (XLA) | native (CPU kernel, built at first use)
   attention_block: int = 64  # rows of a block of the blocked back end
   dispatch: str = "auto"  # auto | dense | capacity | ragged
   grouped_matmul: str = (
-    "auto"  # of ragged dispatch: auto | tiles (CPU) | ragged_dot (XLA) | tokamax (kernels, GPU and TPU)
+    # Of ragged dispatch; auto takes native on CPU where it can be built.
+    "auto"  # auto | native (CPU kernel) | tiles (CPU by XLA) | ragged_dot (XLA) | tokamax (kernels, GPU and TPU)
   )
   capacity_factor: float = 1.25  # rows per expert over the mean load; capacity dispatch only
   remat: str = "none"  # what a layer's backward pass computes again: none | dots (all but matrix products) | full
@@ -75,10 +76,10 @@ class ModelConfig:
     _check_range("model.rotary_base", self.rotary_base, 1, open_low=True)
     _check_range("model.qk_bound", self.qk_bound, 0, open_low=True)
     _check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
-    _check_choice("model.attention_backend", self.attention_backend, ("auto", "reference", "blocked"))
+    _check_choice("model.attention_backend", self.attention_backend, ("auto", "reference", "blocked", "native"))
     _check_choice("model.dispatch", self.dispatch, ("auto", "dense", "capacity", "ragged"))
     _check_range("model.capacity_factor", self.capacity_factor, 0, open_low=True)
-    _check_choice("model.grouped_matmul", self.grouped_matmul, ("auto", "tiles", "ragged_dot", "tokamax"))
+    _check_choice("model.grouped_matmul", self.grouped_matmul, ("auto", "native", "tiles", "ragged_dot", "tokamax"))
     _check_choice("model.remat", self.remat, ("none", "dots", "full"))
 
 

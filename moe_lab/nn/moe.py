@@ -11,7 +11,7 @@ from moe_lab.nn.layers import scaled_normal
 from moe_lab.nn.mlp import MLP
 from moe_lab.ops.grouped_mlp import ExpertWeights
 from moe_lab.routing.base import RouterContext, RouterStats
-from moe_lab.routing.dispatch import dispatch
+from moe_lab.routing.dispatch import dispatch, experts_backend
 from moe_lab.routing.registry import make_router
 from moe_lab.sharding.expert import expert_parallel, platform, splits
 
@@ -50,14 +50,13 @@ class MoE(nn.Module):
     )
     # Capacity drops tokens by their neighbours; at inference (no key) nothing may depend on them.
     backend = "ragged" if model.dispatch == "capacity" and context.key is None else model.dispatch
-    experts = model.grouped_matmul
-    if experts == "auto":
-      experts = "tiles" if platform(self.mesh) == "cpu" else "ragged_dot"
     if backend in ("auto", "ragged") and splits(self.mesh, x_TD.shape[0]):
-      y_TD, dropped = expert_parallel(x_TD, assignment, weights, self.mesh), jnp.zeros(())
+      y_TD = expert_parallel(x_TD, assignment, weights, self.mesh, grouped_matmul=model.grouped_matmul)
+      dropped = jnp.zeros(())
     else:
       mean_count = routing.k if routing.method == "topk" else routing.budget
       capacity = math.ceil(model.capacity_factor * x_TD.shape[0] * mean_count / num_experts)
+      experts = experts_backend(model.grouped_matmul, platform(self.mesh))
       y_TD, dropped = dispatch(x_TD, assignment, weights, backend=backend, capacity=capacity, experts=experts)
     if model.num_shared_experts:
       # One MLP of the joint width is the same function as so many experts that every token takes.

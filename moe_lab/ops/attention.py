@@ -1,14 +1,18 @@
 """Causal grouped-query attention with ALiBi slopes and document boundaries.
 
 `attention` is the one signature. Its back ends: `reference` holds the whole
-L x S matrix; `blocked` (`blocked_attention.py`) is linear in memory.
+L x S matrix; `blocked` (`blocked_attention.py`, plain XLA) and `native` (the
+CPU kernel `cpu/attention.cc`) are linear in memory and share their derivative.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from moe_lab.ops.blocked_attention import MASKED, blocked_attention
+from moe_lab.ops import native
+from moe_lab.ops.blocked_attention import MASKED, blocked_backward, blocked_forward
 
 
 def reference_attention(q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS, offset):
@@ -22,6 +26,60 @@ def reference_attention(q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS,
   weights = jax.nn.softmax(jnp.where(seen_BLS[:, None, None], logits, MASKED), axis=-1)
   out = jnp.einsum("BMGLS,BSMH->BLMGH", weights.astype(v_BSMH.dtype), v_BSMH, preferred_element_type=jnp.float32)
   return rearrange(out, "B L M G H -> B L (M G) H").astype(q_BLNH.dtype)
+
+
+def _float32(*arrays):
+  return [a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in arrays]
+
+
+def _shapes(*arrays):
+  return [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in arrays]
+
+
+def native_forward(*inputs):
+  """As `blocked_forward`, by the CPU kernel, in float32."""
+  native.register()
+  q_BLNH = inputs[0]
+  batch, length, heads, _ = q_BLNH.shape
+  log_denominator = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+  call = native.call("attention_forward", *_shapes(q_BLNH), log_denominator)
+  out_BLNH, log_denominator_BNL = call(*_float32(*inputs))
+  return out_BLNH.astype(q_BLNH.dtype), log_denominator_BNL
+
+
+def native_backward(*inputs_and_outputs):
+  """As `blocked_backward`."""
+  call = native.call("attention_backward", *_shapes(*inputs_and_outputs[:3]))
+  gradients = call(*_float32(*inputs_and_outputs))
+  return tuple(d.astype(x.dtype) for d, x in zip(gradients, inputs_and_outputs, strict=False))
+
+
+def _run(backend: str, native_kernel, blocked, *arrays):
+  """Calls one of two functions. `auto` is decided when it is lowered, which may be for another machine than this."""
+  if backend == "auto" and jax.default_backend() == "cpu" and native.available():
+    return jax.lax.platform_dependent(*arrays, cpu=native_kernel, default=blocked)
+  return (native_kernel if backend == "native" else blocked)(*arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(backend: str, block: int, *inputs):
+  return _attend_forward(backend, block, *inputs)[0]
+
+
+def _attend_forward(backend, block, *inputs):
+  blocked = functools.partial(blocked_forward, block=block)
+  out_BLNH, log_denominator_BNL = _run(backend, native_forward, blocked, *inputs)
+  return out_BLNH, (*inputs, out_BLNH, log_denominator_BNL)
+
+
+def _attend_backward(backend, block, saved, d_out_BLNH):
+  blocked = functools.partial(blocked_backward, block=block)
+  dq_BLNH, dk_BSMH, dv_BSMH = _run(backend, native_backward, blocked, *saved, d_out_BLNH)
+  # Slopes are constants, segments and offset integers: no gradient.
+  return dq_BLNH, dk_BSMH, dv_BSMH, jnp.zeros_like(saved[3]), None, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def attention(
@@ -46,17 +104,16 @@ def attention(
     segment_BL: int32, the document of each query.
     segment_BS: int32, the document of each key.
     offset: position of the first query (0 in training; the cache's fill in decoding).
-    backend: reference | blocked | auto: blocked where there is more than one block of queries.
-    block: rows and columns of a block.
+    backend: reference | blocked | native (CPU) | auto: for one block of queries the reference; for more, native on
+      CPU where it can be built, and blocked elsewhere.
+    block: rows and columns of a block of `blocked`.
 
   Returns:
     [B, L, N, H], in the queries' dtype.
   """
-  if backend == "auto":
-    backend = "blocked" if q_BLNH.shape[1] > block else "reference"
   arguments = (q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS, jnp.asarray(offset, jnp.int32))
-  if backend == "reference":
+  if backend == "reference" or (backend == "auto" and q_BLNH.shape[1] <= block):
     return reference_attention(*arguments)
-  if backend == "blocked":
-    return blocked_attention(*arguments, block)
-  raise ValueError(f"attention backend {backend!r}: wanted auto, reference or blocked")
+  if backend in ("auto", "blocked", "native"):
+    return _attend(backend, block, *arguments)
+  raise ValueError(f"attention backend {backend!r}: wanted auto, reference, blocked or native")

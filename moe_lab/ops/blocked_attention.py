@@ -3,11 +3,9 @@
 FlashAttention's recurrence (arXiv 2205.14135) in plain XLA: the forward pass
 keeps the output and the log of each row's softmax denominator; the backward
 pass recomputes the weights block by block. Blocks of keys after a block of
-queries are never visited. A custom derivative is needed for that: a loop whose
-length depends on the block has no reverse derivative of its own.
+queries are never visited, by loops whose length depends on the block and which
+therefore have no reverse derivative of their own.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -82,18 +80,8 @@ def _forward(q, k, v, slope_M, segment_q, segment_k, offset, block):
   return rearrange(out, "i B M G L H -> B M G (i L) H"), rearrange(log_denominator, "i B M G L -> B M G (i L)")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _attend(q, k, v, slope_M, segment_q, segment_k, offset, block):
-  return _forward(q, k, v, slope_M, segment_q, segment_k, offset, block)[0]
-
-
-def _attend_forward(q, k, v, slope_M, segment_q, segment_k, offset, block):
-  out, log_denominator = _forward(q, k, v, slope_M, segment_q, segment_k, offset, block)
-  return out, (q, k, v, slope_M, segment_q, segment_k, offset, out, log_denominator)
-
-
-def _attend_backward(block, saved, d_out):
-  q, k, v, slope_M, segment_q, segment_k, offset, out, log_denominator = saved
+def _backward(q, k, v, slope_M, segment_q, segment_k, offset, out, log_denominator, d_out, block):
+  """Gradients of q, k and v; arrays as in `_forward`."""
   num_key_blocks = k.shape[2] // block
   scale = q.shape[-1] ** -0.5
 
@@ -135,20 +123,44 @@ def _attend_backward(block, saved, d_out):
   start = (jnp.zeros(k.mT.shape, jnp.float32), jnp.zeros(v.mT.shape, jnp.float32))
   (d_k, d_v), d_q = jax.lax.scan(one_query_block, start, jnp.arange(q.shape[3] // block))
   d_q = rearrange(d_q, "i B M G L H -> B M G (i L) H")
-  # Slopes are constants, segments and offset integers: no gradient.
-  return d_q.astype(q.dtype), d_k.mT.astype(k.dtype), d_v.mT.astype(v.dtype), jnp.zeros_like(slope_M), None, None, None
+  return d_q.astype(q.dtype), d_k.mT.astype(k.dtype), d_v.mT.astype(v.dtype)
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+def _queries(x_BLNH, num_kv_heads: int, block: int):
+  return _pad_length(rearrange(x_BLNH, "B L (M G) H -> B M G L H", M=num_kv_heads), block, 3)
 
 
-def blocked_attention(q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS, offset, block: int):
-  """As `attention.attention`; no array is larger than inputs, outputs and [B, N, block, block]."""
-  length = q_BLNH.shape[1]
-  q = _pad_length(rearrange(q_BLNH, "B L (M G) H -> B M G L H", M=k_BSMH.shape[2]), block, 3)
-  k = _pad_length(rearrange(k_BSMH, "B S M H -> B M S H"), block, 2)
-  v = _pad_length(rearrange(v_BSMH, "B S M H -> B M S H"), block, 2)
+def _blocks(q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS, offset, block: int):
+  """The inputs of `_forward`, padded to whole blocks."""
+  k, v = (_pad_length(rearrange(x, "B S M H -> B M S H"), block, 2) for x in (k_BSMH, v_BSMH))
   # Padding keys stand after every query (offset + L <= S), so causality hides them.
   segment_q, segment_k = _pad_length(segment_BL, block, 1, -1), _pad_length(segment_BS, block, 1, -2)
-  out = _attend(q, k, v, slope_M, segment_q, segment_k, offset, block)
-  return rearrange(out[:, :, :, :length], "B M G L H -> B L (M G) H")
+  return _queries(q_BLNH, k_BSMH.shape[2], block), k, v, slope_M, segment_q, segment_k, offset
+
+
+def blocked_forward(*inputs, block: int):
+  """Returns out_BLNH and the log of the softmax's denominator, float32 [B, N, L].
+
+  Inputs as in `attention.attention`; no array is larger than inputs, outputs and [B, N, block, block].
+  """
+  length = inputs[0].shape[1]
+  out, log_denominator = _forward(*_blocks(*inputs, block), block)
+  out_BLNH = rearrange(out[:, :, :, :length], "B M G L H -> B L (M G) H")
+  return out_BLNH, rearrange(log_denominator[..., :length], "B M G L -> B (M G) L")
+
+
+def blocked_backward(*inputs_and_outputs, block: int):
+  """Returns the gradients of q_BLNH, k_BSMH and v_BSMH.
+
+  Args:
+    inputs_and_outputs: those of `blocked_forward`, then out_BLNH's gradient.
+    block: as there.
+  """
+  *inputs, out_BLNH, log_denominator_BNL, d_out_BLNH = inputs_and_outputs
+  length, (num_keys, num_kv_heads) = out_BLNH.shape[1], inputs[1].shape[1:3]
+  out, d_out = (_queries(x, num_kv_heads, block) for x in (out_BLNH, d_out_BLNH))
+  log_denominator = rearrange(log_denominator_BNL, "B (M G) L -> B M G L", M=num_kv_heads)
+  log_denominator = _pad_length(log_denominator, block, 3)
+  d_q, d_k, d_v = _backward(*_blocks(*inputs, block), out, log_denominator, d_out, block)
+  d_k_BSMH, d_v_BSMH = (rearrange(d[:, :, :num_keys], "B M S H -> B S M H") for d in (d_k, d_v))
+  return rearrange(d_q[:, :, :, :length], "B M G L H -> B L (M G) H"), d_k_BSMH, d_v_BSMH

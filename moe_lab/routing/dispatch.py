@@ -10,7 +10,9 @@ room for every slot of every token, so its shapes never change.
 import jax
 import jax.numpy as jnp
 
+from moe_lab.ops import native
 from moe_lab.ops.grouped_mlp import ExpertWeights, grouped_mlp, swiglu
+from moe_lab.ops.native_experts import native_experts
 from moe_lab.ops.rows import SortedRows, cut, gate_of_row, lay_out, sort_by_expert, to_rows, to_tokens
 from moe_lab.ops.tiled_experts import tile_sizes, tiled_experts
 from moe_lab.routing.base import Assignment
@@ -39,16 +41,28 @@ def _capacity(x_TD, assignment: Assignment, weights: ExpertWeights, capacity: in
   return y_TD, jnp.maximum(rows_E - capacity, 0).sum().astype(jnp.float32)
 
 
+def experts_backend(choice: str, platform: str) -> str:
+  """Returns what computes the rows of ragged dispatch where `choice` is auto, for the platform that it is compiled for.
+
+  Not `jax.lax.platform_dependent`, at lowering: under a gradient each platform's branch would also return what the
+  other one saves, filled with zeros and as large as the rows.
+  """
+  if choice != "auto":
+    return choice
+  if platform != "cpu":
+    return "ragged_dot"
+  return "native" if native.available() else "tiles"
+
+
 def _ragged(x_TD, assignment: Assignment, weights: ExpertWeights, experts: str, tiles: tuple[int, ...] | None):
   num_experts = weights.gate_EDF.shape[0]
   num_tokens, slots = assignment.expert_TK.shape
+  if experts == "native":
+    expert_TK = jnp.where(assignment.valid_TK, assignment.expert_TK, num_experts).astype(jnp.int32)
+    return native_experts(x_TD, weights, assignment.gate_TK, expert_TK), jnp.zeros(())
   pair_R, rows_E = sort_rows(assignment, num_experts)
   used_R = jnp.arange(pair_R.size) < rows_E.sum()
   gate_R = gate_of_row(assignment.gate_TK, pair_R, used_R)
-  if experts == "auto":
-    # Not `jax.lax.platform_dependent`, at lowering: under a gradient each platform's branch would also return what
-    # the other one saves, filled with zeros and as large as the rows.
-    experts = "tiles" if jax.default_backend() == "cpu" else "ragged_dot"
   if experts == "tiles":
     tiles = tiles or tile_sizes(pair_R.size / num_experts)
     return tiled_experts(x_TD, weights, gate_R, pair_R // slots, rows_E, tiles), jnp.zeros(())
@@ -77,7 +91,8 @@ def dispatch(
     weights: of all experts; cast to the hidden states' type.
     backend: dense | capacity | ragged | auto (ragged).
     capacity: C, rows per expert; `capacity` only. Later tokens are dropped first.
-    experts: what computes the rows of `ragged`: tiles (CPU) | ragged_dot (GPU, TPU) | tokamax | reference | auto.
+    experts: what computes the rows of `ragged`: native (CPU) | tiles (CPU without a C++ compiler) | ragged_dot (GPU,
+      TPU) | tokamax | reference | auto (`experts_backend` of the default device).
     tiles: see `tiled_experts`; by default `tile_sizes`.
 
   Returns:
@@ -89,5 +104,5 @@ def dispatch(
   if backend == "capacity":
     return _capacity(x_TD, assignment, weights, capacity)
   if backend in ("auto", "ragged"):
-    return _ragged(x_TD, assignment, weights, experts, tiles)
+    return _ragged(x_TD, assignment, weights, experts_backend(experts, jax.default_backend()), tiles)
   raise ValueError(f"dispatch {backend!r}: wanted auto, dense, capacity or ragged")

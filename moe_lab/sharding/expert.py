@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_lab.errors import ConfigError
 from moe_lab.ops.grouped_mlp import ExpertWeights, expert_of_row, grouped_mlp
 from moe_lab.ops.rows import cut, gate_of_row, lay_out, sort_by_expert, to_rows, to_tokens
 
@@ -58,7 +59,7 @@ def _ragged_all_to_all(x_RD, send_N, receive_N, num_rows: int):
   return jax.lax.ragged_all_to_all(x_RD, out_SD, first_N, send_N, place_N, receive_N, axis_name=AXIS)
 
 
-def _local(x_TD, expert_TK, gate_TK, valid_TK, weights: ExpertWeights, *, devices: int, exchange: str):
+def _local(x_TD, expert_TK, gate_TK, valid_TK, weights, *, devices: int, exchange: str, grouped_matmul: str):
   """One device's part: y_TD of its tokens, by way of every device's experts."""
   num_tokens, slots = expert_TK.shape
   pairs, own = num_tokens * slots, weights.gate_EDF.shape[0]
@@ -87,13 +88,19 @@ def _local(x_TD, expert_TK, gate_TK, valid_TK, weights: ExpertWeights, *, device
   order_S, rows_E = sort_by_expert(expert_S, own)
   # The received rows in order of their experts: each is a token with one slot.
   order = lay_out(order_S, jnp.arange(order_S.size) < rows_E.sum(), order_S.size, 1)
-  y_RD = back(to_tokens(grouped_mlp(to_rows(x_SD, order), weights, rows_E), order))
+  y_RD = back(to_tokens(grouped_mlp(to_rows(x_SD, order), weights, rows_E, backend=grouped_matmul), order))
   gate_R = gate_of_row(gate_TK, pair_R, used_R)
   return to_tokens(y_RD * gate_R[:, None].astype(y_RD.dtype), layout)
 
 
 def expert_parallel(
-  x_TD: jax.Array, assignment: Any, weights: ExpertWeights, mesh: Mesh, *, exchange: str | None = None
+  x_TD: jax.Array,
+  assignment: Any,
+  weights: ExpertWeights,
+  mesh: Mesh,
+  *,
+  exchange: str | None = None,
+  grouped_matmul: str = "auto",
 ) -> jax.Array:
   """Runs each token through its experts, wherever they are, and sums the gated results.
 
@@ -104,13 +111,23 @@ def expert_parallel(
     mesh: of devices, with axes "data" and "expert".
     exchange: ragged (sends the rows in use) | padded (blocks of the worst case, for CPU, which has no ragged one);
       by default what the mesh's devices can do.
+    grouped_matmul: what computes a device's rows: ragged_dot | tokamax | auto (ragged_dot).
 
   Returns:
     y_TD in the hidden states' type, spread as the tokens are.
+
+  Raises:
+    ConfigError: the choice of grouped_matmul does not work on rows that come from other devices.
   """
+  if grouped_matmul not in ("auto", "ragged_dot", "tokamax"):
+    wanted = "auto, ragged_dot or tokamax, since the experts are spread over devices"
+    raise ConfigError("model.grouped_matmul", grouped_matmul, wanted)
+  grouped_matmul = "ragged_dot" if grouped_matmul == "auto" else grouped_matmul
   if exchange is None:
     exchange = "padded" if platform(mesh) == "cpu" else "ragged"
-  local = functools.partial(_local, devices=mesh.shape[AXIS], exchange=exchange)
+  local = functools.partial(
+    _local, devices=mesh.shape[AXIS], exchange=exchange, grouped_matmul=grouped_matmul
+  )
   # The check of what varies over which axis knows neither the ragged exchange nor the kernels.
   run = jax.shard_map(
     local, mesh=mesh, in_specs=(TOKENS, TOKENS, TOKENS, TOKENS, P(AXIS)), out_specs=TOKENS, check_vma=False

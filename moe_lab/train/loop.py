@@ -19,6 +19,7 @@ from moe_lab.io.progress import Progress
 from moe_lab.io.run import Run, open_run
 from moe_lab.io.writers import MetricsWriter, read_metrics
 from moe_lab.nn.transformer import Transformer
+from moe_lab.ops import native
 from moe_lab.train.losses import num_twins
 from moe_lab.train.metrics import Metrics, merge, summarise
 from moe_lab.train.optimizer import make_optimizer
@@ -80,6 +81,8 @@ def train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_
       (workdir / "tokenizer.model").write_bytes(data.tokenizer.model)  # so that the run can be used without its data
     with Checkpointer(workdir, config.train.keep_checkpoints) as checkpointer, MetricsWriter(workdir) as writer:
       with Progress(config.train.steps) as progress, Preemption() as preemption:
+        if jax.default_backend() == "cpu":
+          run.note(cpu_kernels="native" if native.available() else "XLA")
         return _Training(config, run, data, checkpointer, writer, progress, preemption, stop_at).run()
 
 

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_lab.ops import native
 from moe_lab.ops.attention import attention
+
+LINEAR = ["blocked"] + (["native"] if native.available() else [])  # native: where there is a C++ compiler
 
 
 def make_inputs(
@@ -96,15 +99,25 @@ def test_reference_is_the_definition(name):
   np.testing.assert_allclose(out, by_loops(*make_inputs(**case), case.get("offset", 0)), atol=2e-6)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_blocked_equals_reference(name):
-  (out, gradients), (want, want_gradients) = (both_ways(CASES[name], backend=b) for b in ("blocked", "reference"))
+# The kernel works on 256 keys and tiles of up to 14 queries and 32 keys, and shares few heads' keys among threads.
+LARGE = {
+  "several_blocks": dict(length=530, keys=530, block=64, documents=5, width=32),
+  "uneven_width_in_a_cache": dict(length=300, keys=600, offset=251, block=64, documents=3, width=40),
+  "one_head_shared_by_threads": dict(length=800, keys=800, block=64, heads=3, kv_heads=1, slopes=(0.02,), batch=1),
+}
+
+
+@pytest.mark.parametrize("backend", LINEAR)
+@pytest.mark.parametrize("name", [*CASES, *LARGE])
+def test_linear_back_ends_equal_the_reference(name, backend):
+  case = (CASES | LARGE)[name]
+  (out, gradients), (want, want_gradients) = (both_ways(case, backend=b) for b in (backend, "reference"))
   np.testing.assert_allclose(out, want, atol=2e-6)
   for got, wanted in zip(gradients, want_gradients, strict=True):
     np.testing.assert_allclose(got, wanted, atol=5e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("backend", ["reference", *LINEAR])
 def test_bfloat16_stays_near_float32(backend):
   # Inputs round to 2^-9 of themselves, so do weights and results: a few hundredths on numbers of order one.
   case = CASES["documents"]
@@ -116,7 +129,7 @@ def test_bfloat16_stays_near_float32(backend):
     np.testing.assert_allclose(got.astype(jnp.float32), wanted, atol=0.03 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("backend", ["reference", *LINEAR])
 def test_a_steep_slope_sees_only_itself(backend):
   q, k, v, _, segment_BL, segment_BS = make_inputs(length=9, keys=9)
   run = jax.jit(attention, static_argnames=("backend", "block"))
@@ -124,7 +137,7 @@ def test_a_steep_slope_sees_only_itself(backend):
   np.testing.assert_allclose(out, jnp.repeat(v, 2, axis=2), rtol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("backend", ["reference", *LINEAR])
 def test_neither_later_keys_nor_other_documents_matter(backend):
   arguments = make_inputs(length=12, keys=12, documents=3, seed=3)
   q, k, v, slope_M, segment_BL, segment_BS = arguments
@@ -142,13 +155,13 @@ def test_neither_later_keys_nor_other_documents_matter(backend):
     assert np.abs(after - before).max(axis=(2, 3))[~hidden_BL].min() > 0
 
 
-def test_auto_is_blocked_only_above_one_block_and_a_wrong_name_fails(monkeypatch):
+def test_auto_is_the_reference_for_one_block_and_a_wrong_name_fails(monkeypatch):
   arguments = make_inputs(length=9, keys=9)
-  for name in ("blocked", "reference"):
-    monkeypatch.setattr(f"moe_lab.ops.attention.{name}_attention", lambda *_, name=name: name)
-  assert attention(*arguments, block=8) == "blocked"
+  monkeypatch.setattr("moe_lab.ops.attention._attend", lambda backend, *_: f"linear {backend}")
+  monkeypatch.setattr("moe_lab.ops.attention.reference_attention", lambda *_: "reference")
+  assert attention(*arguments, block=8) == "linear auto"
   assert attention(*arguments, block=9) == "reference"
-  with pytest.raises(ValueError, match="flash.*wanted auto, reference or blocked"):
+  with pytest.raises(ValueError, match="flash.*wanted auto, reference, blocked or native"):
     attention(*arguments, backend="flash")
 
 

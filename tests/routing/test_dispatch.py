@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_lab.ops import native
 from moe_lab.ops.grouped_mlp import ExpertWeights
 from moe_lab.routing.base import Assignment
 from moe_lab.routing.dispatch import dispatch, sort_rows
@@ -21,6 +22,8 @@ WAYS = {
   "reference": dict(backend="ragged", experts="reference"),
   "auto": dict(backend="auto"),
 }
+if native.available():  # where there is a C++ compiler
+  WAYS["native"] = dict(backend="ragged", experts="native")
 
 
 def random_assignment(seed, valid_TK, first_expert=None):

@@ -1,0 +1,335 @@
+// Causal grouped-query attention with ALiBi slopes and documents, forward and backward (FlashAttention, arXiv
+// 2205.14135): the logits of one tile of queries and one block of keys at a time, in the first cache.
+//
+// Letters as in moe_lab/types.py: B batch, L queries, S keys, N query heads, M KV heads, G = N / M, H head width. Key s
+// stands at position s, query l at offset + l. Tiles that causality hides are not computed.
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "gemm.h"
+#include "parallel.h"
+
+namespace moe_lab {
+namespace {
+
+constexpr int64_t kKeys = kBlock;             // keys of a block
+constexpr int64_t kQueries = 32 * kRows;      // queries that a thread takes at a time in the forward pass
+constexpr int64_t kBackwardQueries = 8 * kRows;
+constexpr float kMasked = -1e30f;             // finite, so that a row without keys gives numbers and not NaN
+
+struct Shape {
+  int64_t B, L, S, N, M, H;
+  int64_t G() const { return N / M; }
+  int64_t padded_H() const { return round_up(H, kColumns); }
+};
+
+struct Inputs {
+  Shape shape;
+  const float *q, *k, *v, *slope_M;
+  const int32_t *segment_BL, *segment_BS;
+  int64_t offset;
+
+  Inputs(const Floats& q, const Floats& k, const Floats& v, const Floats& slope, const Ints& segment_q,
+         const Ints& segment_k, const Ints& offset)
+      : shape{q.dimensions()[0], q.dimensions()[1], k.dimensions()[1],
+              q.dimensions()[2], k.dimensions()[2], q.dimensions()[3]},
+        q(q.typed_data()), k(k.typed_data()), v(v.typed_data()), slope_M(slope.typed_data()),
+        segment_BL(segment_q.typed_data()), segment_BS(segment_k.typed_data()), offset(offset.typed_data()[0]) {}
+
+  // Element h = 0 of a row of q (or of what has its shape) and of k or v.
+  int64_t query(int64_t b, int64_t l, int64_t n) const { return ((b * shape.L + l) * shape.N + n) * shape.H; }
+  int64_t key(int64_t b, int64_t s, int64_t m) const { return ((b * shape.S + s) * shape.M + m) * shape.H; }
+};
+
+// Lays rows (`stride` apart) out in panels of `rows` rows, which serve as a right factor and as a left one.
+void put_panels(const float* from, int64_t stride, int64_t count, int64_t H, int64_t rows, float* panels) {
+  for (int64_t h = 0; h < H; h += kColumns) pack(from, stride, count, H, h, panels + h * rows);
+}
+
+// The logits of a tile of queries against a panel of keys: scaled, biased, masked.
+struct Logits {
+  float scale, slope;
+  const int32_t* segment_S;  // of the keys, from key 0 of the batch entry
+  int64_t num_keys;
+
+  // `dot` holds q.k of one query at `position` in document `segment` with keys [first, first + kColumns).
+  void operator()(const float* dot, int64_t position, int32_t segment, int64_t first, Vec* logits) const {
+    for (int v = 0; v < 2; ++v) {
+      const int64_t start = first + v * kLanes;
+      int32_t padded[kLanes];
+      const int32_t* segments = segment_S + start;
+      if (start + kLanes > num_keys) {
+        for (int i = 0; i < kLanes; ++i) padded[i] = start + i < num_keys ? segments[i] : 0;
+        segments = padded;
+      }
+      const IntVec distance = splat(static_cast<int32_t>(position - start)) - iota();
+      const IntVec seen = (distance >= 0) & (load(segments) == splat(segment));
+      const Vec logit = load(dot + v * kLanes) * scale - slope * __builtin_convertvector(distance, Vec);
+      logits[v] = select(seen, logit, splat(kMasked));
+    }
+  }
+};
+
+// Keys of a block, from `first` on, that the query at `position` or an earlier one sees, in whole panels.
+int64_t seen_keys(int64_t position, int64_t first) {
+  return std::clamp<int64_t>(round_up(position - first + 1, kColumns), 0, kKeys);
+}
+
+void forward_task(const Inputs& in, int64_t b, int64_t n, int64_t query0, float* out, float* log_denominator_BNL) {
+  thread_local Scratch scratch;
+  const Shape& shape = in.shape;
+  const int64_t H = shape.H, padded_H = shape.padded_H(), m = n / shape.G();
+  const int64_t queries = std::min(kQueries, shape.L - query0), rows = round_up(queries, kRows);
+  float* q = scratch.get(2 * rows * padded_H + 2 * kKeys * padded_H + kRows * kStride + 2 * rows);
+  float *sums = q + rows * padded_H, *keys = sums + rows * padded_H, *values = keys + kKeys * padded_H;
+  float *weights = values + kKeys * padded_H, *highest = weights + kRows * kStride, *denominator = highest + rows;
+  put_panels(in.q + in.query(b, query0, n), shape.N * H, queries, H, rows, q);
+  std::fill(sums, sums + rows * padded_H, 0.0f);
+  std::fill(highest, highest + rows, kMasked);
+  std::fill(denominator, denominator + rows, 0.0f);
+  const Logits logits_of{1.0f / std::sqrt(static_cast<float>(H)), in.slope_M[m], in.segment_BS + b * shape.S, shape.S};
+  Tile tile;
+
+  const int64_t last = std::min(shape.S - 1, in.offset + query0 + queries - 1);
+  for (int64_t first = 0; first <= last; first += kKeys) {
+    const int64_t count = std::min(kKeys, shape.S - first);
+    const float *k = in.k + in.key(b, first, m), *v = in.v + in.key(b, first, m);
+    for (int64_t j = 0; j < count; j += kColumns) pack_transposed(k, shape.M * H, H, count, j, keys + j * H);
+    for (int64_t h = 0; h < H; h += kColumns) {
+      pack(v, shape.M * H, count, H, h, values + h * kKeys);
+      std::fill(values + h * kKeys + count * kColumns, values + (h + kColumns) * kKeys, 0.0f);
+    }
+    for (int64_t i = 0; i < queries; i += kRows) {
+      const int64_t tile_rows = std::min<int64_t>(kRows, queries - i), position = in.offset + query0 + i;
+      const int64_t seen = std::min(seen_keys(position + tile_rows - 1, first), round_up(count, kColumns));
+      if (seen == 0) continue;
+      for (int64_t j = 0; j < seen; j += kColumns) {
+        multiply_panels(H, q + i * kColumns, rows, keys + j * H, tile);
+        for (int64_t r = 0; r < tile_rows; ++r) {
+          Vec logits[2];
+          logits_of(tile.at[r], position + r, in.segment_BL[b * shape.L + query0 + i + r], first + j, logits);
+          store(weights + r * kStride + j, logits[0]);
+          store(weights + r * kStride + j + kLanes, logits[1]);
+        }
+      }
+      float scale[kRows] = {};
+      for (int64_t r = 0; r < tile_rows; ++r) {
+        float* row = weights + r * kStride;
+        Vec top = splat(highest[i + r]);
+        for (int64_t j = 0; j < seen; j += kLanes) top = select(load(row + j) > top, load(row + j), top);
+        const float new_highest = largest(top);
+        Vec total{};
+        for (int64_t j = 0; j < seen; j += kLanes) {
+          const Vec logit = load(row + j);
+          const Vec weight = select(logit > 0.1f * kMasked, exp(logit - new_highest), splat(0.0f));
+          total += weight;
+          store(row + j, weight);
+        }
+        scale[r] = std::exp(highest[i + r] - new_highest);
+        denominator[i + r] = denominator[i + r] * scale[r] + sum(total);
+        highest[i + r] = new_highest;
+      }
+      for (int64_t h = 0; h < H; h += kColumns) {
+        multiply_block(seen, weights, values + h * kKeys, tile);
+        float* to = sums + h * rows + i * kColumns;
+        for (int64_t r = 0; r < tile_rows; ++r, to += kColumns) {
+          for (int j = 0; j < kColumns; j += kLanes) store(to + j, load(to + j) * scale[r] + load(tile.at[r] + j));
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < queries; ++i) {
+    const float total = std::max(denominator[i], 1e-30f);
+    float* row = out + in.query(b, query0 + i, n);
+    for (int64_t h = 0; h < H; ++h) row[h] = sums[h / kColumns * kColumns * rows + i * kColumns + h % kColumns] / total;
+    log_denominator_BNL[(b * shape.N + n) * shape.L + query0 + i] = highest[i] + std::log(total);
+  }
+}
+
+// dk and dv of one KV head's keys [key0, key1), and their part of dq of all its query heads.
+void backward_task(const Inputs& in, int64_t b, int64_t m, int64_t key0, int64_t key1, const float* d_out,
+                   const float* log_denominator_BNL, const float* correction_BNL, float* dq, float* dk, float* dv) {
+  thread_local Scratch scratch;
+  const Shape& shape = in.shape;
+  const int64_t H = shape.H, padded_H = shape.padded_H(), G = shape.G();
+  float* keys = scratch.get(5 * kKeys * padded_H + 2 * kBackwardQueries * (padded_H + kStride));
+  float *keys_HS = keys + kKeys * padded_H, *values_HS = keys_HS + kKeys * padded_H;
+  float *dk_sum = values_HS + kKeys * padded_H, *dv_sum = dk_sum + kKeys * padded_H;
+  float *q = dv_sum + kKeys * padded_H, *d_out_rows = q + kBackwardQueries * padded_H;
+  float *weights = d_out_rows + kBackwardQueries * padded_H, *d_logits = weights + kBackwardQueries * kStride;
+  const Logits logits_of{1.0f / std::sqrt(static_cast<float>(H)), in.slope_M[m], in.segment_BS + b * shape.S, shape.S};
+  Tile tile, d_tile;
+
+  for (int64_t first = key0; first < key1; first += kKeys) {
+    const int64_t count = std::min(kKeys, key1 - first), stride = shape.M * H;
+    const float *k = in.k + in.key(b, first, m), *v = in.v + in.key(b, first, m);
+    for (int64_t j = 0; j < count; j += kColumns) {
+      pack_transposed(k, stride, H, count, j, keys_HS + j * H);
+      pack_transposed(v, stride, H, count, j, values_HS + j * H);
+    }
+    for (int64_t h = 0; h < H; h += kColumns) {
+      pack(k, stride, count, H, h, keys + h * kKeys);
+      std::fill(keys + h * kKeys + count * kColumns, keys + (h + kColumns) * kKeys, 0.0f);
+    }
+    std::fill(dk_sum, dk_sum + 2 * kKeys * padded_H, 0.0f);
+    // Earlier queries see none of these keys.
+    const int64_t first_query = std::clamp<int64_t>(first - in.offset, 0, shape.L) / kRows * kRows;
+    for (int64_t g = 0; g < G; ++g) {
+      const int64_t n = m * G + g, at_L = (b * shape.N + n) * shape.L;
+      for (int64_t query0 = first_query; query0 < shape.L; query0 += kBackwardQueries) {
+        const int64_t queries = std::min(kBackwardQueries, shape.L - query0);
+        put_panels(in.q + in.query(b, query0, n), shape.N * H, queries, H, kBackwardQueries, q);
+        put_panels(d_out + in.query(b, query0, n), shape.N * H, queries, H, kBackwardQueries, d_out_rows);
+        int64_t seen_by_last = 0;
+        for (int64_t i = 0; i < queries; i += kRows) {
+          const int64_t tile_rows = std::min<int64_t>(kRows, queries - i), position = in.offset + query0 + i;
+          const int64_t seen = std::min(seen_keys(position + tile_rows - 1, first), round_up(count, kColumns));
+          seen_by_last = seen;
+          for (int64_t j = 0; j < seen; j += kColumns) {
+            multiply_panels(H, q + i * kColumns, kBackwardQueries, keys_HS + j * H, tile);
+            multiply_panels(H, d_out_rows + i * kColumns, kBackwardQueries, values_HS + j * H, d_tile);
+            for (int64_t r = 0; r < tile_rows; ++r) {
+              const int64_t l = query0 + i + r, to = (i + r) * kStride + j;
+              Vec logits[2];
+              logits_of(tile.at[r], position + r, in.segment_BL[b * shape.L + l], first + j, logits);
+              for (int v = 0; v < 2; ++v) {
+                const Vec weight = exp(logits[v] - log_denominator_BNL[at_L + l]);
+                const Vec d_weight = load(d_tile.at[r] + v * kLanes);
+                store(weights + to + v * kLanes, weight);
+                store(d_logits + to + v * kLanes, weight * (d_weight - correction_BNL[at_L + l]) * logits_of.scale);
+              }
+            }
+          }
+          // The tiles of keys below may reach into the next panel.
+          for (int64_t r = 0; r < tile_rows; ++r) {
+            const int64_t to = (i + r) * kStride + seen;
+            std::fill_n(weights + to, std::min<int64_t>(kColumns, kStride - seen), 0.0f);
+            std::fill_n(d_logits + to, std::min<int64_t>(kColumns, kStride - seen), 0.0f);
+          }
+          for (int64_t h = 0; h < H; h += kColumns) {
+            multiply_block(seen, d_logits + i * kStride, keys + h * kKeys, tile);
+            const int64_t width = std::min<int64_t>(kColumns, H - h);
+            for (int64_t r = 0; r < tile_rows; ++r) {
+              float* to = dq + in.query(b, query0 + i + r, n) + h;
+              for (int64_t j = 0; j < width; ++j) to[j] += tile.at[r][j];
+            }
+          }
+        }
+        for (int64_t j = 0; j < std::min(count, seen_by_last); j += kRows) {
+          // The first row of queries, in whole tiles, that sees key j.
+          const int64_t row0 = std::max<int64_t>(first + j - in.offset - query0, 0) / kRows * kRows;
+          if (row0 >= queries) break;
+          for (int64_t h = 0; h < H; h += kColumns) {
+            const int64_t from = row0 * kStride + j, right = h * kBackwardQueries + row0 * kColumns;
+            multiply_columns(queries - row0, d_logits + from, q + right, tile);
+            multiply_columns(queries - row0, weights + from, d_out_rows + right, d_tile);
+            float *dk_to = dk_sum + h * kKeys + j * kColumns, *dv_to = dv_sum + h * kKeys + j * kColumns;
+            for (int64_t e = 0; e < std::min<int64_t>(kRows, kKeys - j) * kColumns; e += kLanes) {
+              store(dk_to + e, load(dk_to + e) + load(tile.at[0] + e));
+              store(dv_to + e, load(dv_to + e) + load(d_tile.at[0] + e));
+            }
+          }
+        }
+      }
+    }
+    for (int64_t s = 0; s < count; ++s) {
+      const int64_t to = in.key(b, first + s, m);
+      for (int64_t h = 0; h < H; ++h) {
+        const int64_t from = h / kColumns * kColumns * kKeys + s * kColumns + h % kColumns;
+        dk[to + h] = dk_sum[from];
+        dv[to + h] = dv_sum[from];
+      }
+    }
+  }
+}
+
+ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats slope_M, Ints segment_BL,
+                   Ints segment_BS, Ints offset, ffi::Result<Floats> out, ffi::Result<Floats> log_denominator_BNL) {
+  const Inputs in(q, k, v, slope_M, segment_BL, segment_BS, offset);
+  const int64_t parts = (in.shape.L + kQueries - 1) / kQueries, heads = in.shape.B * in.shape.N;
+  parallel_for(pool, heads * parts, [&](int64_t i) {
+    // The last queries, which see the most keys, first.
+    const int64_t head = i % heads, part = parts - 1 - i / heads;
+    forward_task(in, head / in.shape.N, head % in.shape.N, part * kQueries, out->typed_data(),
+                 log_denominator_BNL->typed_data());
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats slope_M, Ints segment_BL,
+                    Ints segment_BS, Ints offset, Floats out, Floats log_denominator_BNL, Floats d_out,
+                    ffi::Result<Floats> dq, ffi::Result<Floats> dk, ffi::Result<Floats> dv) {
+  thread_local Scratch correction_scratch, part_scratch;
+  const Inputs in(q, k, v, slope_M, segment_BL, segment_BS, offset);
+  const Shape& shape = in.shape;
+  const int64_t size = q.element_count();
+  // Row sums of d_weights * weights: the softmax's own correction (FlashAttention, section 3.1).
+  float* correction_BNL = correction_scratch.get(shape.B * shape.N * shape.L);
+  parallel_for(pool, shape.B * shape.N, [&](int64_t head) {
+    const int64_t b = head / shape.N, n = head % shape.N;
+    for (int64_t l = 0; l < shape.L; ++l) {
+      const float *o = out.typed_data() + in.query(b, l, n), *d = d_out.typed_data() + in.query(b, l, n);
+      float total = 0;
+      for (int64_t h = 0; h < shape.H; ++h) total += o[h] * d[h];
+      correction_BNL[head * shape.L + l] = total;
+    }
+  });
+  // Where there are few heads, threads share a head's keys, each with a dq of its own.
+  const int64_t heads = shape.B * shape.M, blocks = (shape.S + kKeys - 1) / kKeys;
+  const int64_t parts = std::min(blocks, (4 * pool.num_threads() + heads - 1) / heads);
+  float* others = part_scratch.get((parts - 1) * size);
+  std::fill(dq->typed_data(), dq->typed_data() + size, 0.0f);
+  std::fill(others, others + (parts - 1) * size, 0.0f);
+  parallel_for(pool, heads * parts, [&](int64_t i) {
+    const int64_t head = i % heads, part = i / heads;
+    const int64_t key0 = blocks * part / parts * kKeys, key1 = std::min(blocks * (part + 1) / parts * kKeys, shape.S);
+    backward_task(in, head / shape.M, head % shape.M, key0, key1, d_out.typed_data(),
+                  log_denominator_BNL.typed_data(), correction_BNL,
+                  part == 0 ? dq->typed_data() : others + (part - 1) * size, dk->typed_data(), dv->typed_data());
+  });
+  if (parts > 1) {
+    constexpr int64_t kPiece = 1 << 14;
+    parallel_for(pool, (size + kPiece - 1) / kPiece, [&](int64_t piece) {
+      for (int64_t part = 1; part < parts; ++part) {
+        const float* from = others + (part - 1) * size;
+        for (int64_t i = piece * kPiece; i < std::min(size, (piece + 1) * kPiece); ++i) dq->typed_data()[i] += from[i];
+      }
+    });
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace moe_lab
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_lab_attention_forward, moe_lab::forward,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<moe_lab::Floats>()
+                                  .Arg<moe_lab::Floats>()
+                                  .Arg<moe_lab::Floats>()
+                                  .Arg<moe_lab::Floats>()
+                                  .Arg<moe_lab::Ints>()
+                                  .Arg<moe_lab::Ints>()
+                                  .Arg<moe_lab::Ints>()
+                                  .Ret<moe_lab::Floats>()
+                                  .Ret<moe_lab::Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_lab_attention_backward, moe_lab::backward,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<moe_lab::Floats>()
+                                  .Arg<moe_lab::Floats>()
+                                  .Arg<moe_lab::Floats>()
+                                  .Arg<moe_lab::Floats>()
+                                  .Arg<moe_lab::Ints>()
+                                  .Arg<moe_lab::Ints>()
+                                  .Arg<moe_lab::Ints>()
+                                  .Arg<moe_lab::Floats>()
+                                  .Arg<moe_lab::Floats>()
+                                  .Arg<moe_lab::Floats>()
+                                  .Ret<moe_lab::Floats>()
+                                  .Ret<moe_lab::Floats>()
+                                  .Ret<moe_lab::Floats>());

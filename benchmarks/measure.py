@@ -24,6 +24,8 @@ class Result:
 
   Attributes:
     name, case: who, and at what.
+    side: ours | peer.
+    rival: whether it is a peer in its usual setting, which ratios are over.
     seconds: median of a run; `low` and `high` are its quartiles.
     per_second: units (`unit`) a second, from the median.
     flops_per_second: analytical FLOPs of a run over its median.
@@ -34,6 +36,8 @@ class Result:
 
   name: str
   case: str
+  side: str
+  rival: bool
   unit: str
   seconds: float
   low: float
@@ -86,6 +90,8 @@ class _Process:
     return Result(
       name=self.contender.name,
       case=self.contender.case.name,
+      side=self.contender.side,
+      rival=self.contender.side == "peer" and not self.contender.keep_memory,
       unit=self.facts["unit"],
       seconds=seconds,
       low=low,

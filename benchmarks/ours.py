@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import flops
-from benchmarks.case import NEW, PROMPT, Case
+from benchmarks.case import BATCHES, NEW, PROMPT, Case
 from benchmarks.work import Work
 from moe_lab.infer.generate import Generator
 from moe_lab.nn.moe import MoE
@@ -19,8 +19,6 @@ from moe_lab.train.optimizer import make_optimizer
 from moe_lab.train.state import initial_state
 from moe_lab.train.step import make_train_step
 from moe_lab.types import Batch
-
-BATCHES = 500  # that a run of the data benchmark reads: several windows of shuffling
 
 
 def matmul(size: int, dtype: str) -> Work:
@@ -88,12 +86,13 @@ def moe_layer(case: Case, variant: str) -> Work:
       y_TD, stats = layer.apply(params, x_TD, context(key))
       return jnp.sum(y_TD * dy_TD, dtype=jnp.float32), stats
 
-    return jax.grad(loss, (0, 1), has_aux=True)(params, x_TD)
+    # The loss is returned too: an output that nobody asks for would not be computed.
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x_TD)
 
   done = []
 
   def run():
-    _, stats = jax.block_until_ready(both_ways(params, x_TD, dy_TD, jax.random.key(len(done))))
+    (_, stats), _ = jax.block_until_ready(both_ways(params, x_TD, dy_TD, jax.random.key(len(done))))
     done.append(stats)
 
   def report():
@@ -122,7 +121,7 @@ def attention_layer(case: Case, variant: str) -> Work:
       out = attention(q, k, v, jnp.zeros(case.num_heads), segments, segments, backend=variant or "auto")
       return jnp.sum(out * d_out, dtype=jnp.float32)
 
-    return jax.grad(loss, (0, 1, 2))(q, k, v)
+    return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
 
   def run():
     jax.block_until_ready(both_ways(q, k, v, d_out))

@@ -1,10 +1,14 @@
 """Hugging Face transformers on torch: the same shapes by Mixtral's own code."""
 
+import time
+
+import sentencepiece
 import torch
+import torch.utils.data
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from benchmarks import flops
-from benchmarks.case import NEW, PROMPT, Case
+from benchmarks.case import BATCHES, NEW, PROMPT, Case
 from benchmarks.work import Work
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,4 +133,55 @@ def decode(case: Case, variant: str) -> Work:
   return Work(run, "token", NEW, lambda: {"mean_experts": case.k, "flops": flops.decode(case, case.k)})
 
 
-BENCHMARKS = {"train_step": train_step, "moe_layer": moe_layer, "attention": attention_layer, "decode": decode}
+class _PackedRows(torch.utils.data.IterableDataset):
+  """Documents in random order, tokenised once, end to end, cut into rows: what training scripts on torch do."""
+
+  def __init__(self, texts: list[str], model: bytes, row_length: int):
+    self._texts, self._row_length, self._tokens = texts, row_length, {}
+    self._tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+  def _document(self, index: int) -> torch.Tensor:
+    if index not in self._tokens:
+      ids = self._tokenizer.encode(self._texts[index], add_bos=True, add_eos=True)
+      self._tokens[index] = torch.tensor(ids, dtype=torch.int32)
+    return self._tokens[index]
+
+  def __iter__(self):
+    held = torch.zeros(0, dtype=torch.int32)
+    while True:
+      for index in torch.randperm(len(self._texts)).tolist():
+        rows = torch.cat([held, self._document(index)]).split(self._row_length)
+        held = rows[-1] if len(rows[-1]) < self._row_length else rows[-1][:0]
+        yield from (row for row in rows if len(row) == self._row_length)
+
+
+def data(case: Case, variant: str) -> Work:
+  """torch's DataLoader over the same documents and tokenizer; rows of a document are shuffled among others'."""
+  from moe_lab.config.program import cache_dir
+  from moe_lab.data.loader import open_data
+  from moe_lab.data.sources import open_source
+
+  config = case.config().data
+  tokenizer = open_data(config, cache_dir()).tokenizer  # trained, or found in the cache
+  texts = [document.text for spec in config.sources for document in open_source(spec)]
+  started = time.perf_counter()
+  rows = _PackedRows(texts, tokenizer.model, case.seq_len + 1)
+  shuffled = torch.utils.data.datapipes.iter.Shuffler(rows, buffer_size=1024)
+  batches = iter(torch.utils.data.DataLoader(shuffled, batch_size=case.batch_size))
+  next(batches)
+  first = time.perf_counter() - started
+
+  def run():
+    for _ in range(BATCHES):
+      next(batches)
+
+  return Work(run, "token", BATCHES * case.batch_size * case.seq_len, lambda: {"seconds_to_first_batch": first})
+
+
+BENCHMARKS = {
+  "train_step": train_step,
+  "moe_layer": moe_layer,
+  "attention": attention_layer,
+  "decode": decode,
+  "data": data,
+}

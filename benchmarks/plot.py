@@ -20,7 +20,7 @@ def fitted(results: list[Result]) -> tuple[float, float, float] | None:
 
 def time_by_experts(results: list[Result]) -> str:
   """Returns an SVG of our step times with their straight line; "" where there are too few cases."""
-  ours = [r for r in results if r.name.startswith("moe_lab")]
+  ours = [r for r in results if r.side == "ours"]
   line = fitted(ours)
   if line is None:
     return ""

@@ -35,11 +35,11 @@ def summary(benchmark: str, results: list[Result], peak: float, machine: dict) -
   `ratio` is ours over the fastest peer in its usual setting, case by case; a peer with another setting of the
   allocator is listed, not compared with.
   """
-  ours = [r for r in results if r.name.startswith("moe_lab")]
-  peers = [r for r in results if not r.name.startswith("moe_lab")]
+  ours = [r for r in results if r.side == "ours"]
+  peers = [r for r in results if r.side == "peer"]
   ratio = {}
   for case in dict.fromkeys(r.case for r in ours):
-    rivals = [r.per_second for r in peers if r.case == case and "memory kept" not in r.name]
+    rivals = [r.per_second for r in peers if r.case == case and r.rival]
     if rivals:
       ratio[case] = max(r.per_second for r in ours if r.case == case) / max(rivals)
   return {

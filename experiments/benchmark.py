@@ -113,9 +113,9 @@ def _contenders(benchmark: str, cases: list, preset: str) -> list:
   from benchmarks.worker import Contender
 
   ours = {"attention": ("blocked",) if preset == "gpu" else ("blocked", "reference")}.get(benchmark, ("",))
-  peers = {"attention": ("",), "data": ()}.get(benchmark, ("eager", "grouped_mm"))
+  peers = {"attention": ("",), "data": ("",)}.get(benchmark, ("eager", "grouped_mm"))
   missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-  if FLAGS.peers == "none" or not peers:
+  if FLAGS.peers == "none":
     peers = ()
   elif missing:
     log.warning("no peers: %s not installed (pip install -e .[peers])", " and ".join(missing))

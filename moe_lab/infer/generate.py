@@ -38,7 +38,7 @@ class Generator:
     self._config, self._params, self._router_state = config, unstack_layers(params), router_state
     self._model = Transformer(config, unrolled=True)
     self._advance = jax.jit(self._forward, donate_argnums=2)
-    self._sample = jax.jit(sample)
+    self._sample = jax.jit(_sample)
 
   def _forward(self, params, router_state, cache, token_BL, segment_BL, offset, last, budget):
     """Returns the logits after position `last` of the input, the experts it took, and the cache."""
@@ -82,15 +82,20 @@ class Generator:
     length = _power_of_two(len(prompt) + max_tokens)
     logits_V, experts, cache = self.prefill(prompt, length, budget)
     for index in range(max_tokens):
-      key = jax.random.fold_in(jax.random.key(seed), index)
-      token = self._sample(key, logits_V, temperature, top_p)
-      yield Step(int(token), float(jax.nn.log_softmax(logits_V)[token]), float(experts))
+      token, log_prob = self._sample(seed, index, logits_V, temperature, top_p)
+      yield Step(int(token), float(log_prob), float(experts))
       if int(token) == stop or index + 1 == max_tokens:
         return
       one = jnp.ones((1, 1), jnp.int32)
       logits_V, experts, cache = self._advance(
         self._params, self._router_state, cache, token[None, None], one, len(prompt) + index, 0, budget
       )
+
+
+def _sample(seed, index, logits_V, temperature, top_p):
+  """The token after `index` others, and its log-probability at temperature 1."""
+  token = sample(jax.random.fold_in(jax.random.key(seed), index), logits_V, temperature, top_p)
+  return token, jax.nn.log_softmax(logits_V)[token]
 
 
 def _power_of_two(n: int) -> int:

@@ -15,7 +15,7 @@ nobody selects may need a method that is not there.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 
@@ -103,22 +103,24 @@ class Sweep:
       raw[section][name] = value
     return from_dict(raw)
 
-  def select(self, chosen: Mapping[str, Iterable[str]]) -> "Sweep":
-    """Returns the runs whose labels are among those chosen of each axis; nothing chosen of an axis takes them all.
+  def select(self, chosen: Mapping[str, tuple[str, Sequence[str]]]) -> "Sweep":
+    """Returns the runs whose labels are among those chosen.
+
+    Args:
+      chosen: flag -> (axis, labels); no labels: all runs, also those without that axis.
 
     Raises:
-      UserError: a label that no run has, or no run left; the flag is the axis with an s.
+      UserError: a label that no run has, or no run left.
     """
-    chosen = {axis_name: list(labels) for axis_name, labels in chosen.items() if labels}
-    for axis_name, labels in chosen.items():
-      known = list(dict.fromkeys(run.labels[axis_name] for run in self.runs if axis_name in run.labels))
+    chosen = {flag: (name, labels) for flag, (name, labels) in chosen.items() if labels}
+    for flag, (name, labels) in chosen.items():
+      known = list(dict.fromkeys(run.labels[name] for run in self.runs if name in run.labels))
       for label in labels:
         if label not in known:
-          hint = did_you_mean(label, known)
-          raise UserError(f"--{axis_name}s={label}: wanted some of {', '.join(known) or 'none'}{hint}")
-    runs = [run for run in self.runs if all(run.labels.get(name) in labels for name, labels in chosen.items())]
+          raise UserError(f"--{flag}={label}: wanted some of {', '.join(known) or 'none'}{did_you_mean(label, known)}")
+    runs = [run for run in self.runs if all(run.labels.get(name) in labels for name, labels in chosen.values())]
     if not runs:
-      asked = " ".join(f"--{name}s={','.join(labels)}" for name, labels in chosen.items())
+      asked = " ".join(f"--{flag}={','.join(labels)}" for flag, (_, labels) in chosen.items())
       raise UserError(f"{asked or 'sweep'}: wanted at least one run, and no run has all of these")
     return Sweep(self.base, runs)
 

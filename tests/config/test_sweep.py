@@ -30,16 +30,19 @@ def test_a_run_resolves_over_the_base_and_leaves_it_alone():
   assert SWEEP.config(SWEEP.runs[0]).routing.method == "topk"
 
 
+def select(sweep, arms=(), seeds=()):
+  return [run.name for run in sweep.select({"arms": ("arm", arms), "seeds": ("seed", seeds)}).runs]
+
+
 def test_select():
-  assert [run.name for run in SWEEP.select({"arm": ["topk-2"], "seed": []}).runs] == ["topk-2-0", "topk-2-1"]
-  assert [run.name for run in SWEEP.select({"seed": ["1"], "arm": ["topk-1", "dynamic-3"]}).runs] == [
-    "topk-1-1", "dynamic-3-1",
-  ]  # fmt: skip
+  assert select(SWEEP) == [run.name for run in SWEEP.runs]
+  assert select(SWEEP, arms=["topk-2"]) == ["topk-2-0", "topk-2-1"]
+  assert select(SWEEP, arms=["topk-1", "dynamic-3"], seeds=["1"]) == ["topk-1-1", "dynamic-3-1"]
   with pytest.raises(UserError, match=r"--arms=topk2: wanted some of topk-1, .*did you mean 'topk-2'"):
-    SWEEP.select({"arm": ["topk2"]})
+    select(SWEEP, arms=["topk2"])
   lopsided = Sweep(base_config(), SWEEP.runs[:2] + SWEEP.runs[5:])
   with pytest.raises(UserError, match="--arms=dynamic-3 --seeds=0: wanted at least one run"):
-    lopsided.select({"arm": ["dynamic-3"], "seed": ["0"]})
+    select(lopsided, arms=["dynamic-3"], seeds=["0"])
 
 
 def test_mistakes_are_told_where_they_are_made():

@@ -126,7 +126,7 @@ def get_sweep(arg=None):
     notes = {"role": "other", "budget": "2"}
     arms += [run for name, fields in OTHERS.items() for run in axis("arm", {name: fields}, family=name, **notes)]
   difficulty = corpus("difficulty", "synthetic:difficulty", **DIFFICULTY)
-  queries = corpus("queries", "synthetic:queries", data__vocab_size=160)
+  queries = corpus("queries", "synthetic:queries", data__vocab_size=155)
   return Sweep(
     base,
     product(stdlib, arms + budget_arms(), seeds(TUNING_SEEDS))

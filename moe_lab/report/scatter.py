@@ -77,9 +77,8 @@ def scatter_chart(families: Sequence[Family], *, title: str, x_label: str, y_lab
   for y in y_ticks:
     out.append(f'<path class="grid" d="M{_LEFT} {to_y(y):.1f}H{_WIDTH - _RIGHT}"/>')
     out.append(text(_LEFT - 6, to_y(y) + 4, tick_text(y, y_ticks), "end"))
-  for x in ticks(math.exp(x_low), math.exp(x_high), 4):
-    if x > 0:
-      out.append(text(to_log_x(math.log(x)), _HEIGHT - _BOTTOM + 16, scaled(x), "mid"))
+  for x in log_ticks(math.exp(x_low), math.exp(x_high)):
+    out.append(text(to_log_x(math.log(x)), _HEIGHT - _BOTTOM + 16, scaled(x), "mid"))
   out.append(f'<path class="axis" d="M{_LEFT} {_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}"/>')
   across, down = (_LEFT + _WIDTH - _RIGHT) / 2, (_TOP + _HEIGHT - _BOTTOM) / 2
   out.append(text(across, _HEIGHT - 5, html.escape(x_label), "mid label"))
@@ -103,11 +102,25 @@ def scatter_chart(families: Sequence[Family], *, title: str, x_label: str, y_lab
 def legend(families: Sequence[Family]) -> str:
   """Returns the marks' meaning as a list."""
   keys = "".join(
-    f'<li><svg class="key" viewBox="0 0 26 12" aria-hidden="true"><path class="mark c{f.index % _COLOURS + 1}" '
+    f'<li><svg class="key tall" viewBox="0 0 26 12" aria-hidden="true"><path class="mark c{f.index % _COLOURS + 1}" '
     f'd="M13 6{_shape(f.index, 4.0)}"/></svg>{html.escape(f.name)}</li>'
     for f in families
   )
   return f'<ul class="legend">{keys}</ul>'
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+  """Returns round numbers for a logarithmic axis: powers of ten, with more between them the shorter the axis is.
+
+  Args:
+    low, high: ends of the axis, above 0.
+  """
+  powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+  for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+    found = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+    if len(found) >= 3:
+      return found
+  return ticks(low, high, 4)
 
 
 def _shape(index: int, size: float) -> str:

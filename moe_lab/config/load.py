@@ -21,26 +21,42 @@ def load(spec: str) -> ml_collections.ConfigDict:
     UserError: no such file, or it does not run, or has no `get_config` that
       returns a ConfigDict. The line names the file and, where there is one, the line in it.
   """
-  name, colon, arg = spec.partition(":")
-  path = Path(name).expanduser()
-  if path.suffix != ".py" or not path.is_file():
-    raise UserError(f"--config={spec}: wanted a config file FILE.py or FILE.py:arg{_nearest_file(path)}")
-  try:
-    get_config = getattr(_execute(path), "get_config", None)
-    if not callable(get_config):
-      raise UserError(f"--config={spec}: wanted a file that defines get_config(arg=None)")
-    config = get_config(arg) if colon else get_config()
-  except UserError:
-    raise
-  except Exception as error:
-    where = _where(path, error)
-    raise UserError(f"{where}: {_why(where, error)}") from error
+  config = call(spec, flag="config", function="get_config", folder="configs")
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(
       f"--config={spec}: get_config() returned {type(config).__name__}: wanted a ConfigDict that began "
       "as moe_lab.config.base_config()"
     )
   return config.lock()
+
+
+def call(spec: str, *, flag: str, function: str, folder: str) -> object:
+  """Returns what a function of a user's Python file returns.
+
+  Args:
+    spec: `FILE.py`, or `FILE.py:arg` to call `function(arg)`.
+    flag: that named the file, for the error.
+    function: its name.
+    folder: where such files are, to suggest one.
+
+  Raises:
+    UserError: as `load`.
+  """
+  name, colon, arg = spec.partition(":")
+  path = Path(name).expanduser()
+  if path.suffix != ".py" or not path.is_file():
+    kind = "a config file" if flag == "config" else f"a {flag} file"
+    raise UserError(f"--{flag}={spec}: wanted {kind} FILE.py or FILE.py:arg{_nearest_file(path, Path(folder))}")
+  try:
+    called = getattr(_execute(path), function, None)
+    if not callable(called):
+      raise UserError(f"--{flag}={spec}: wanted a file that defines {function}(arg=None)")
+    return called(arg) if colon else called()
+  except UserError:
+    raise
+  except Exception as error:
+    where = _where(path, error)
+    raise UserError(f"{where}: {_why(where, error)}") from error
 
 
 def _execute(path: Path) -> ModuleType:
@@ -51,8 +67,8 @@ def _execute(path: Path) -> ModuleType:
   return module
 
 
-def _nearest_file(path: Path) -> str:
-  folder = path.parent if path.parent.is_dir() else Path("configs")
+def _nearest_file(path: Path, usual: Path) -> str:
+  folder = path.parent if path.parent.is_dir() else usual
   return did_you_mean(str(path), [str(file) for file in sorted(folder.glob("*.py"))])
 
 

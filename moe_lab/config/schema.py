@@ -138,7 +138,8 @@ class DataConfig:
   """What the model reads.
 
   A source is `stdlib` (the Python standard library's source and docs),
-  `text:PATH`, `jsonl:PATH` (a "text" field a line), `array_record:PATH`, or
+  `package:NAME` (the text files of an installed package), `text:PATH`,
+  `jsonl:PATH` (a "text" field a line), `array_record:PATH`, or
   `synthetic:TASK`. PATH is a file, a folder or a glob. Synthetic tasks do not
   mix with text.
   """
@@ -155,7 +156,7 @@ class DataConfig:
   def __post_init__(self):
     if not self.sources:
       raise ConfigError("data.sources", self.sources, "at least one source")
-    kinds = ("stdlib", "text", "jsonl", "array_record", "synthetic")
+    kinds = ("stdlib", "package", "text", "jsonl", "array_record", "synthetic")
     for source in self.sources:
       kind, _, path = source.partition(":")
       _check_choice("data.sources", kind, kinds)

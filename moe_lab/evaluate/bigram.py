@@ -1,9 +1,24 @@
 """The baseline every run prints: how far a bigram gets on the same tokens."""
 
+import json
+
 import numpy as np
 
 from moe_lab.data.loader import Data
 from moe_lab.data.ngram import KneserNeyBigram, pairs, tune
+
+_REPORTS: dict[str, dict] = {}  # by what the data are: the runs of a study, in one process, share them
+
+
+def bigram_report(data: Data) -> dict:
+  """Returns bigram_loss and bigram_test_loss, nats per token, and the same as ..._bits_per_byte (None without text)."""
+  key = json.dumps([repr(data.config), data.fingerprint, data.manifest], sort_keys=True)
+  if key not in _REPORTS:
+    bigram, report = bigram_baseline(data), {}
+    for name, split in (("bigram", "validation"), ("bigram_test", "test")):
+      report[f"{name}_loss"], report[f"{name}_bits_per_byte"] = bigram_loss(bigram, data, split)
+    _REPORTS[key] = report
+  return dict(_REPORTS[key])
 
 
 def bigram_baseline(data: Data) -> KneserNeyBigram:

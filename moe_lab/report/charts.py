@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from moe_lab.report.numbers import is_number, scaled, ticks
 from moe_lab.report.palette import ink, shade
+from moe_lab.report.svg import open_svg, rect, scale, text, tick_text
 
 Point = tuple[float, float | None]
 
@@ -60,20 +61,20 @@ def line_chart(
     y_low, y_high = min(y_low, 0.0), max(y_high, 0.0)
   margin = (y_high - y_low) * 0.05 or abs(y_high) * 0.05 or 1.0
   y_low, y_high = (y_low if include_zero and y_low == 0 else y_low - margin), y_high + margin
-  to_x = _scale(x_low, x_high, _LEFT, _WIDTH - _RIGHT)
-  to_y = _scale(y_low, y_high, height - _BOTTOM, _TOP)
+  to_x = scale(x_low, x_high, _LEFT, _WIDTH - _RIGHT)
+  to_y = scale(y_low, y_high, height - _BOTTOM, _TOP)
 
-  out = [_open(title, _WIDTH, height)]
+  out = [open_svg(title, _WIDTH, height)]
   y_ticks = ticks(y_low, y_high, 5 if height > 180 else 3)
   for y in y_ticks:
     out.append(f'<path class="grid" d="M{_LEFT} {to_y(y):.1f}H{_WIDTH - _RIGHT}"/>')
-    out.append(_text(_LEFT - 6, to_y(y) + 4, _tick(y, y_ticks), "end"))
+    out.append(text(_LEFT - 6, to_y(y) + 4, tick_text(y, y_ticks), "end"))
   for x in ticks(x_low, x_high, 5):
-    out.append(_text(to_x(x), height - _BOTTOM + 16, scaled(x), "mid"))
+    out.append(text(to_x(x), height - _BOTTOM + 16, scaled(x), "mid"))
   out.append(f'<path class="axis" d="M{_LEFT} {height - _BOTTOM}H{_WIDTH - _RIGHT}"/>')
   across, down = (_LEFT + _WIDTH - _RIGHT) / 2, (_TOP + height - _BOTTOM) / 2
-  out.append(_text(across, height - 5, html.escape(x_label), "mid label"))
-  out.append(f'<g transform="rotate(-90 11 {down})">{_text(11, down, html.escape(y_label), "mid label")}</g>')
+  out.append(text(across, height - 5, html.escape(x_label), "mid label"))
+  out.append(f'<g transform="rotate(-90 11 {down})">{text(11, down, html.escape(y_label), "mid label")}</g>')
   for s in series:
     out.append(f'<path class="line c{s.colour} {s.style}" d="{_path(s.points, to_x, to_y)}"/>')
     if s.style == "dots":
@@ -97,13 +98,13 @@ def shares_chart(rows: Sequence[Sequence[float]], *, title: str, first: int = 0)
   low, high = used[0], used[-1]
   bar = 18
   height = len(rows) * (bar + 4) + 26
-  to_x = _scale(0.0, 1.0, _LEFT, _WIDTH - 44)
-  out = [_open(title, _WIDTH, height)]
-  out += [_text(_LEFT - 6, 12, "layer", "end label"), _text(_WIDTH - 4, 12, "mean", "end label")]
+  to_x = scale(0.0, 1.0, _LEFT, _WIDTH - 44)
+  out = [open_svg(title, _WIDTH, height)]
+  out += [text(_LEFT - 6, 12, "layer", "end label"), text(_WIDTH - 4, 12, "mean", "end label")]
   for layer, row in enumerate(rows):
     total = sum(row)
     top = 20 + layer * (bar + 4)
-    out.append(_text(_LEFT - 6, top + 13, str(layer), "end"))
+    out.append(text(_LEFT - 6, top + 13, str(layer), "end"))
     if not total > 0:
       continue
     at = 0.0
@@ -114,11 +115,11 @@ def shares_chart(rows: Sequence[Sequence[float]], *, title: str, first: int = 0)
       left, width = to_x(at), to_x(at + share) - to_x(at)
       tip = f"layer {layer}: {index + first} experts for {share:.1%} of the tokens"
       # A narrow part has no room for its number; the tooltip still tells it.
-      number = _text(left + width / 2, top + 13, f"{share:.0%}", "mid", ink(colour)) if width > 33 else ""
-      out.append(f"<g><title>{tip}</title>{_rect(left, top, width, bar, colour)}{number}</g>")
+      number = text(left + width / 2, top + 13, f"{share:.0%}", "mid", ink(colour)) if width > 33 else ""
+      out.append(f"<g><title>{tip}</title>{rect(left, top, width, bar, colour)}{number}</g>")
       at += share
     mean = sum((index + first) * value for index, value in enumerate(row)) / total
-    out.append(_text(_WIDTH - 4, top + 13, f"{mean:.2f}", "end"))
+    out.append(text(_WIDTH - 4, top + 13, f"{mean:.2f}", "end"))
   out.append("</svg>")
   keys = "".join(
     f'<li><i style="background:{_count_colour(index, low, high)}"></i>{index + first}</li>'
@@ -139,29 +140,29 @@ def heat_map(rows: Sequence[Sequence[float]], *, title: str, top: float) -> str:
   wide = (_WIDTH - _LEFT - 4) / columns
   tall = min(max(wide, 12), 24)
   height = 40 + len(rows) * tall
-  out = [_open(title, _WIDTH, round(height))]
+  out = [open_svg(title, _WIDTH, round(height))]
   detailed = columns * len(rows) <= 1024
   by_colour: dict[str, list[str]] = {}
   for layer, row in enumerate(rows):
     y = 18 + layer * tall
     if layer % max(1, len(rows) // 12) == 0:
-      out.append(_text(_LEFT - 6, y + tall / 2 + 4, str(layer), "end"))
+      out.append(text(_LEFT - 6, y + tall / 2 + 4, str(layer), "end"))
     for expert, load in enumerate(row):
       colour = shade(round(load / top * 23) / 23)
       x = _LEFT + expert * wide
       if detailed:
         tip = f"layer {layer}, expert {expert}: {load:.2f} times the mean load"
-        number = _text(x + wide / 2, y + tall / 2 + 4, f"{load:.1f}", "mid cell", ink(colour)) if wide >= 24 else ""
-        out.append(f"<g><title>{tip}</title>{_rect(x, y, wide, tall, colour)}{number}</g>")
+        number = text(x + wide / 2, y + tall / 2 + 4, f"{load:.1f}", "mid cell", ink(colour)) if wide >= 24 else ""
+        out.append(f"<g><title>{tip}</title>{rect(x, y, wide, tall, colour)}{number}</g>")
       else:
         by_colour.setdefault(colour, []).append(f"M{x:.1f} {y:.1f}h{wide:.2f}v{tall:.2f}h-{wide:.2f}z")
   # Thousands of rectangles are one path a colour.
   out += [f'<path fill="{colour}" d="{"".join(cells)}"/>' for colour, cells in by_colour.items()]
-  out.append(_text(_LEFT - 6, 12, "layer", "end label"))
+  out.append(text(_LEFT - 6, 12, "layer", "end label"))
   for expert in ticks(0, columns - 1, 8):
     if expert == int(expert):
-      out.append(_text(_LEFT + (expert + 0.5) * wide, 12, str(int(expert)), "mid"))
-  out.append(_text((_LEFT + _WIDTH) / 2, height - 6, "expert", "mid label") + "</svg>")
+      out.append(text(_LEFT + (expert + 0.5) * wide, 12, str(int(expert)), "mid"))
+  out.append(text((_LEFT + _WIDTH) / 2, height - 6, "expert", "mid label") + "</svg>")
   return "".join(out)
 
 
@@ -188,32 +189,5 @@ def _legend(series: Sequence[Series]) -> str:
   return f'<ul class="legend">{"".join(keys)}</ul>'
 
 
-def _text(x: float, y: float, text: str, kind: str, colour: str = "") -> str:
-  style = f' style="fill:{colour}"' if colour else ""
-  return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}"{style}>{text}</text>'
-
-
-def _rect(x: float, y: float, width: float, height: float, colour: str) -> str:
-  return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.2f}" height="{height:.2f}" fill="{colour}"/>'
-
-
-def _open(title: str, width: int, height: int) -> str:
-  return f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">'
-
-
 def _count_colour(index: int, low: int, high: int) -> str:
   return shade((index - low) / max(high - low, 1))
-
-
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-  if high == low:
-    return lambda value: (start + end) / 2
-  return lambda value: start + (value - low) / (high - low) * (end - start)
-
-
-def _tick(value: float, all_ticks: Sequence[float]) -> str:
-  if max(abs(t) for t in all_ticks) >= 10_000:
-    return scaled(value)
-  step = all_ticks[1] - all_ticks[0] if len(all_ticks) > 1 else 1
-  decimals = next((d for d in range(5) if abs(step * 10**d - round(step * 10**d)) < 1e-6), 5)
-  return f"{value:.{decimals}f}"

@@ -39,3 +39,11 @@ def is_number(value: object) -> bool:
 
 def mean(values: Sequence[float]) -> float:
   return sum(values) / len(values)
+
+
+def plus_minus(entry: dict | None, digits: int) -> str:
+  """Returns "3.214 ± 0.012" of {"mean", "spread"}; the mean alone where there is no spread, a dash for None."""
+  if entry is None:
+    return number(None)
+  spread = "" if entry["spread"] is None else f" ± {number(entry['spread'], digits)}"
+  return number(entry["mean"], digits) + spread

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 
 from moe_lab.report.palette import level_rules
 
-# Blue, vermilion, green, purple of Okabe and Ito, which the colour-blind tell apart; lighter on dark ground.
+# Blue, vermilion, green, purple, ochre, grey, brown, sky after Okabe and Ito, which the colour-blind tell apart;
+# lighter on dark ground. Where more than four are seen at once, marks of different shape go with them (scatter.py).
 _STYLE = """
 :root{color-scheme:light dark;--ground:#fff;--panel:#f6f7f9;--text:#1b1f24;--soft:#5b6470;--edge:#d9dde3;
---c1:#0072b2;--c2:#d55e00;--c3:#00795a;--c4:#9c4a82;--accent:#0072b2;--hot:#0b559f;--on-hot:#fff}
+--c1:#0072b2;--c2:#d55e00;--c3:#00795a;--c4:#9c4a82;
+--c5:#a87400;--c6:#5b6470;--c7:#7a3b12;--c8:#3d8fc4;--accent:#0072b2;--hot:#0b559f;--on-hot:#fff}
 @media(prefers-color-scheme:dark){:root{--ground:#14171b;--panel:#1d2126;--text:#e6e9ed;--soft:#9ba5b1;--edge:#343a42;
---c1:#56b4e9;--c2:#f0a04b;--c3:#3fc79a;--c4:#d89cc6;--accent:#56b4e9;--hot:#8cc8ff;--on-hot:#000}}
+--c1:#56b4e9;--c2:#f0a04b;--c3:#3fc79a;--c4:#d89cc6;
+--c5:#e8c547;--c6:#b4bcc6;--c7:#c98a5e;--c8:#9fd4f2;--accent:#56b4e9;--hot:#8cc8ff;--on-hot:#000}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--ground);color:var(--text);font:16px/1.5 system-ui,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:1.5rem 1rem 4rem}
@@ -39,10 +42,12 @@ figure{margin:.5rem 0;min-width:0}
 .dot{fill:none;stroke:currentColor;stroke-width:6;stroke-linecap:round}
 .faint{stroke-width:1;opacity:.4}.dashed{stroke-dasharray:5 4}
 .c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}.c4{color:var(--c4)}
+.c5{color:var(--c5)}.c6{color:var(--c6)}.c7{color:var(--c7)}.c8{color:var(--c8)}
+.mark{fill:currentColor;stroke:var(--ground);stroke-width:1}.thin{stroke-width:1.2;fill:none;stroke:currentColor;opacity:.75}
 .legend{display:flex;flex-wrap:wrap;gap:.1rem 1rem;list-style:none;margin:.2rem 0;padding:0;font-size:.85rem}
 .legend li{display:flex;align-items:center;gap:.35rem}
 .legend i{width:.9rem;height:.9rem;border-radius:3px;display:inline-block}
-.key{width:26px;height:8px}
+.key{width:26px;height:8px}.key.tall{height:12px}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;margin:.4rem 0}
 caption{text-align:left;padding-bottom:.3rem}

@@ -9,7 +9,7 @@ import numpy as np
 from moe_lab.config.schema import Config
 from moe_lab.data.loader import Data, open_data
 from moe_lab.errors import RunError
-from moe_lab.evaluate.bigram import bigram_baseline, bigram_loss
+from moe_lab.evaluate.bigram import bigram_report
 from moe_lab.evaluate.flops import forward_flops_per_token
 from moe_lab.evaluate.held_out import held_out_report
 from moe_lab.evaluate.perplexity import evaluate, make_eval_step
@@ -196,9 +196,7 @@ class _Training:
     """Evaluates both held-out splits in full beside the bigram, writes evaluation.json, returns the result."""
     self.progress.note("evaluating on the held-out documents")
     report = held_out_report(self.config, self.data, self.eval_step, state.params, state.router_state)
-    bigram = bigram_baseline(self.data)
-    report["bigram_loss"], report["bigram_bits_per_byte"] = bigram_loss(bigram, self.data, "validation")
-    report["bigram_test_loss"], report["bigram_test_bits_per_byte"] = bigram_loss(bigram, self.data, "test")
+    report |= bigram_report(self.data)
     speeds = [r["tokens_per_second"] for r in read_metrics(self.run_record.workdir) if r["kind"] == "train"]
     result = {
       "steps": int(state.step),

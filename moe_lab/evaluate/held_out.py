@@ -28,7 +28,7 @@ def held_out_report(
     flops_per_token) is of the last split named, which is given as "split".
   """
   if budget is None:
-    budget = config.routing.budget if config.routing.method == "dynamic" else float(config.routing.k)
+    budget = config.routing.mean_count
   report, batch_size = {}, config.train.batch_size
   for split in splits:
     result = evaluate(

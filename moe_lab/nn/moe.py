@@ -56,8 +56,7 @@ class MoE(nn.Module):
     if backend in ("auto", "ragged") and splits(self.mesh, x_TD.shape[0]):
       y_TD, dropped = expert_parallel(x_TD, assignment, weights, self.mesh), jnp.zeros(())
     else:
-      mean_count = routing.k if routing.method == "topk" else routing.budget
-      capacity = math.ceil(model.capacity_factor * x_TD.shape[0] * mean_count / num_experts)
+      capacity = math.ceil(model.capacity_factor * x_TD.shape[0] * routing.mean_count / num_experts)
       y_TD, dropped = dispatch(x_TD, assignment, weights, backend=backend, capacity=capacity, experts=experts)
     if model.num_shared_experts:
       # One MLP of the joint width is the same function as so many experts that every token takes.

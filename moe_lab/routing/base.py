@@ -1,17 +1,15 @@
 """What a router takes and returns.
 
-A router is a pure function of its parameters, the hidden states and a context.
-It returns an `Assignment`, which says where the tokens go, and `RouterStats`,
-from which every auxiliary loss, controller and report is computed. Statistics
-are returned, never sown, so none can be lost on the way.
+A router (`router.py`) is a pure function of its parameters, the hidden states
+and a context. It returns an `Assignment`, which says where the tokens go, and
+`RouterStats`, from which every auxiliary loss, controller and report is
+computed. Statistics are returned, never sown, so none can be lost on the way.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from moe_lab.config.schema import ModelConfig
 
 
 class Assignment(NamedTuple):
@@ -19,7 +17,7 @@ class Assignment(NamedTuple):
 
   Attributes:
     expert_TK: int32, best expert first.
-    gate_TK: float32, 0 in slots that are not valid; over all K slots the gates would sum to one.
+    gate_TK: float32, 0 in slots that are not valid.
     valid_TK: bool; a token's valid slots come first. Padding has none.
   """
 
@@ -59,6 +57,7 @@ class RouterStats(NamedTuple):
     dropped_sum: [], rows lost for want of capacity.
     count_T: int32 [T], experts of each token.
     policy: terms of a learned count policy; None for a router without one.
+    sums: the method's own sums over tokens by name, for its losses and its state.
   """
 
   token_count: jax.Array
@@ -70,6 +69,7 @@ class RouterStats(NamedTuple):
   dropped_sum: jax.Array
   count_T: jax.Array
   policy: PolicyTerms | None
+  sums: dict[str, jax.Array]
 
 
 class RouterState(NamedTuple):
@@ -79,11 +79,33 @@ class RouterState(NamedTuple):
     bias_E: added to the router logits for the choice of experts only (loss-free balancing).
     load_E: running share of the rows that each expert gets, times E: 1 is the fair share.
     count_shift: [], the greedy rule's calibration, in experts (see `count_policy.greedy_count`).
+    method: the method's own by name: thresholds, coefficients, running means.
   """
 
   bias_E: jax.Array
   load_E: jax.Array
   count_shift: jax.Array
+  method: dict[str, jax.Array]
+
+
+class Observed(NamedTuple):
+  """What a step tells the controllers; [Z, ...] over layers.
+
+  Attributes:
+    count_mean: [Z], realised experts per token.
+    greedy_mean: [Z], experts per token by the inference rule, on the same tokens; 0 for a router without a policy.
+    assigned_ZE: rows by expert.
+    token_count: [], tokens summed over.
+    sums: as in `RouterStats`.
+    advantage_mean_square: [], of the decisions that teach a policy, in nats squared.
+  """
+
+  count_mean: jax.Array
+  greedy_mean: jax.Array
+  assigned_ZE: jax.Array
+  token_count: jax.Array
+  sums: dict[str, jax.Array]
+  advantage_mean_square: jax.Array
 
 
 class Decisions(NamedTuple):
@@ -113,31 +135,24 @@ class RouterContext(NamedTuple):
   decisions: Decisions
 
 
-class Router(Protocol):
-  """A routing method: its parameters and its function."""
-
-  def parameters(self, model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]:
-    """Names the parameters of one layer: shape and standard deviation at the start (0: zeros)."""
-
-  def __call__(
-    self, parameters: dict[str, jax.Array], x_TD: jax.Array, context: RouterContext
-  ) -> tuple[Assignment, RouterStats]:
-    """Routes the tokens of one layer."""
-
-
 def initial_router_state(num_layers: int, num_experts: int) -> RouterState:
-  """Returns the [Z, ...] state of an untrained model."""
+  """Returns the [Z, ...] state of an untrained model, without the method's own (`Router.initial_state`)."""
   return RouterState(
     bias_E=jnp.zeros((num_layers, num_experts)),
     load_E=jnp.ones((num_layers, num_experts)),
     count_shift=jnp.zeros(num_layers),
+    method={},
   )
 
 
 def collect_stats(
-  logits_TE: jax.Array, assignment: Assignment, mask_T: jax.Array, policy: PolicyTerms | None
+  logits_TE: jax.Array,
+  assignment: Assignment,
+  mask_T: jax.Array,
+  policy: PolicyTerms | None,
+  sums: dict[str, jax.Array] | None = None,
 ) -> RouterStats:
-  """Sums a layer's statistics over the tokens of `mask_T`."""
+  """Sums a layer's statistics over the tokens of `mask_T`; `sums` are the method's own, summed already."""
   num_experts, slots = logits_TE.shape[1], assignment.expert_TK.shape[1]
   mask_T = mask_T.astype(jnp.float32)
   log_normaliser_T = jax.nn.logsumexp(logits_TE, axis=-1)
@@ -155,4 +170,5 @@ def collect_stats(
     dropped_sum=jnp.zeros(()),
     count_T=count_T,
     policy=policy,
+    sums=sums or {},
   )

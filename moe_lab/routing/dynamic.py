@@ -6,14 +6,23 @@ The nearest published relative is Ada-K (arXiv 2410.10456), which trains such
 an allocator by PPO on a frozen model.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
-from moe_lab.config.schema import ModelConfig, RoutingConfig
-from moe_lab.routing.base import Assignment, PolicyTerms, RouterContext, RouterStats, collect_stats
-from moe_lab.routing.count_policy import budget_log_prior, entropy, expected_count, greedy_count
+from moe_lab.config.schema import ModelConfig
+from moe_lab.routing import budget as budget_control
+from moe_lab.routing.base import (
+  Assignment,
+  Observed,
+  PolicyTerms,
+  RouterContext,
+  RouterState,
+  RouterStats,
+  collect_stats,
+)
+from moe_lab.routing.budget import BudgetState
+from moe_lab.routing.count_policy import budget_log_prior, calibrated_shift, entropy, expected_count, greedy_count
+from moe_lab.routing.router import Router
 from moe_lab.routing.selection import assign, rank_experts, router_logits
 
 POLICY_WIDTH = 32  # hidden units of the policy and of the value head
@@ -24,15 +33,12 @@ def _head(parameters, name: str, features_TD):
   return hidden @ parameters[f"{name}_out"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Dynamic:
+class Dynamic(Router):
   """The `dynamic` method: k_min..k_max experts per token, `budget` on average."""
-
-  config: RoutingConfig
 
   def parameters(self, model: ModelConfig):
     features = model.dim + 1  # the hidden state and the budget
-    shapes = {"router_DE": ((model.dim, model.num_experts), model.dim**-0.5)}
+    shapes = super().parameters(model)
     heads = {"policy": self.config.k_max - self.config.k_min + 1}
     if self.config.baseline == "value":
       heads["value"] = 1
@@ -72,3 +78,14 @@ class Dynamic:
     )
     assignment = assign(logits_TE, expert_TK, count_T, context.mask_T)
     return assignment, collect_stats(logits_TE, assignment, context.mask_T, policy)
+
+  def updated_state(self, state: RouterState, seen: Observed) -> RouterState:
+    shift_Z = calibrated_shift(state.count_shift, seen.count_mean, seen.greedy_mean, self.config)
+    return super().updated_state(state, seen)._replace(count_shift=shift_Z)
+
+  def updated_budget(self, state: BudgetState, seen: Observed, step: jax.Array) -> BudgetState:
+    scale = budget_control.updated_scale(state.scale, seen.advantage_mean_square)
+    moved = budget_control.updated(state, self.config, seen.count_mean.mean(), scale)
+    # In the warm-up no price could move the counts; integrating then would wind the controller up.
+    learning = step >= self.config.warmup_steps
+    return jax.tree.map(lambda new, old: jnp.where(learning, new, old), moved, state._replace(scale=scale))

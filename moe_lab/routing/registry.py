@@ -1,8 +1,8 @@
 """The routing methods by name."""
 
 from moe_lab.config.schema import RoutingConfig
-from moe_lab.routing.base import Router
 from moe_lab.routing.dynamic import Dynamic
+from moe_lab.routing.router import Router
 from moe_lab.routing.topk import TopK
 
 METHODS = {"dynamic": Dynamic, "topk": TopK}

@@ -5,24 +5,16 @@ it is the constant one, through which the router learns from its balance losses
 only; Switch (arXiv 2101.03961) scales by the probability over all experts.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
-from moe_lab.config.schema import ModelConfig, RoutingConfig
 from moe_lab.routing.base import Assignment, RouterContext, RouterStats, collect_stats
+from moe_lab.routing.router import Router
 from moe_lab.routing.selection import assign, rank_experts, router_logits
 
 
-@dataclasses.dataclass(frozen=True)
-class TopK:
+class TopK(Router):
   """The `topk` method; `config.k` experts per token."""
-
-  config: RoutingConfig
-
-  def parameters(self, model: ModelConfig):
-    return {"router_DE": ((model.dim, model.num_experts), model.dim**-0.5)}
 
   def __call__(self, parameters, x_TD: jax.Array, context: RouterContext) -> tuple[Assignment, RouterStats]:
     logits_TE = router_logits(x_TD, parameters["router_DE"])

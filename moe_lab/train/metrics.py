@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_lab.routing.base import RouterStats
+from moe_lab.routing.base import Observed, RouterStats
 
 
 class Metrics(NamedTuple):
@@ -21,6 +21,7 @@ class Metrics(NamedTuple):
     greedy_count_Z: sum of what the greedy rule would have taken; 0 without a policy.
     router_entropy_Z, policy_entropy_Z: sums over tokens, nats.
     dropped_Z: rows lost for want of capacity.
+    sums: the routing method's own, [Z, ...] by name.
     advantage_square, advantage_count: [], of the decisions that teach the policy.
     losses: auxiliary losses by name, one addend a step.
     steps, skipped: [], steps summed over, and those whose gradient was not finite.
@@ -36,6 +37,7 @@ class Metrics(NamedTuple):
   router_entropy_Z: jax.Array
   policy_entropy_Z: jax.Array
   dropped_Z: jax.Array
+  sums: dict[str, jax.Array]
   advantage_square: jax.Array
   advantage_count: jax.Array
   losses: dict[str, jax.Array]
@@ -71,6 +73,7 @@ def from_stats(stats: RouterStats, loss_sum, loss_weight, advantage_square, adva
     router_entropy_Z=stats.entropy_sum,
     policy_entropy_Z=per_layer_zero if policy is None else (policy.entropy_T * mask_ZT).sum(-1),
     dropped_Z=stats.dropped_sum,
+    sums=stats.sums,
     advantage_square=advantage_square,
     advantage_count=advantage_count,
     losses=losses,
@@ -79,6 +82,18 @@ def from_stats(stats: RouterStats, loss_sum, loss_weight, advantage_square, adva
     grad_norm=zero,
     price=zero,
     learning_rate=zero,
+  )
+
+
+def observed(metrics: Metrics) -> Observed:
+  """What a step's metrics tell the routing's controllers."""
+  return Observed(
+    count_mean=metrics.count_mean_Z(),
+    greedy_mean=metrics.greedy_mean_Z(),
+    assigned_ZE=metrics.assigned_ZE,
+    token_count=metrics.token_count,
+    sums=metrics.sums,
+    advantage_mean_square=metrics.advantage_square / jnp.maximum(metrics.advantage_count, 1),
   )
 
 

@@ -1,0 +1,94 @@
+"""What a batch of rollouts teaches the count policy, by the baseline that the configuration names."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_lab.config.schema import RoutingConfig
+from moe_lab.routing import budget as budget_control
+from moe_lab.routing.base import PolicyTerms
+from moe_lab.routing.budget import BudgetState
+from moe_lab.routing.count_policy import budget_log_prior, entropy
+from moe_lab.routing.policy_gradient import credited_loss, leave_one_out_advantage, policy_losses
+
+ENTROPY_FLOOR_WEIGHT = 5.0  # in units of the advantage's scale: stronger than any usual price
+
+
+class Rollouts(NamedTuple):
+  """A batch as it went through the model.
+
+  Attributes:
+    nll_BL: float32, nats.
+    weight_BL: 1 where the prediction counts.
+    segment_BL: documents; 0 is padding.
+    budget_B: the mean count that was asked for.
+    num_twins: P; the last P rows are second rollouts of the first P.
+  """
+
+  nll_BL: jax.Array
+  weight_BL: jax.Array
+  segment_BL: jax.Array
+  budget_B: jax.Array
+  num_twins: int
+
+
+def twin_rows(num_rows: int, num_twins: int) -> jax.Array:
+  """Returns bool [B]: whether a row of a batch with twins is one of two rollouts."""
+  row_B = jnp.arange(num_rows)
+  return (row_B < num_twins) | (row_B >= num_rows - num_twins)
+
+
+class Lesson(NamedTuple):
+  """What the rollouts teach.
+
+  Attributes:
+    total: [], what is added to the training loss.
+    losses: its parts by name.
+    advantage_square, advantage_count: [], sums over the decisions that teach, nats squared and decisions.
+  """
+
+  total: jax.Array
+  losses: dict[str, jax.Array]
+  advantage_square: jax.Array
+  advantage_count: jax.Array
+
+
+def lesson(
+  terms: PolicyTerms, rollouts: Rollouts, state: BudgetState, learning: jax.Array, config: RoutingConfig
+) -> Lesson:
+  """Returns the learner's losses.
+
+  Args:
+    terms: the policy's, [Z, T].
+    rollouts: of the same tokens.
+    state: of the budget controller.
+    learning: bool [], whether the warm-up is over; a value head learns from the first step.
+    config: names the baseline.
+  """
+  losses, total = {}, jnp.zeros(())
+  weight_BL, segment_BL = rollouts.weight_BL, rollouts.segment_BL
+  credit_BL = credited_loss(jax.lax.stop_gradient(rollouts.nll_BL), weight_BL, segment_BL, config.credit_discount)
+  if config.baseline == "leave_one_out":
+    advantage_ZT = leave_one_out_advantage(credit_BL, rollouts.num_twins).reshape(-1)
+    learns_BL = weight_BL * twin_rows(weight_BL.shape[0], rollouts.num_twins)[:, None]
+  else:
+    error_ZT = terms.value_T - credit_BL.reshape(-1)
+    losses["value"] = jnp.sum(jnp.square(error_ZT).mean(0) * weight_BL.reshape(-1)) / jnp.maximum(weight_BL.sum(), 1)
+    total += losses["value"]
+    advantage_ZT, learns_BL = jax.lax.stop_gradient(error_ZT), weight_BL
+  learns_T = learns_BL.reshape(-1)
+  square = jnp.sum(jnp.square(advantage_ZT).reshape(-1, learns_T.size).mean(0) * learns_T)
+  floor = config.entropy_floor * entropy(budget_log_prior(rollouts.budget_B[:1], config.k_min, config.k_max))[0]
+  policy = policy_losses(
+    terms,
+    advantage_ZT,
+    learns_T,
+    (segment_BL != 0).reshape(-1),
+    budget_control.price(state, config),
+    state.scale,
+    floor,
+  )
+  policy["entropy_floor"] *= ENTROPY_FLOOR_WEIGHT
+  total += jnp.where(learning, sum(policy.values()), 0.0)
+  return Lesson(total, losses | policy, square, learns_T.sum())

@@ -58,6 +58,8 @@ class MoE(nn.Module):
     else:
       capacity = math.ceil(model.capacity_factor * x_TD.shape[0] * routing.mean_count / num_experts)
       y_TD, dropped = dispatch(x_TD, assignment, weights, backend=backend, capacity=capacity, experts=experts)
+    if assignment.identity_T is not None:
+      y_TD += assignment.identity_T[:, None].astype(x_TD.dtype) * x_TD
     if model.num_shared_experts:
       # One MLP of the joint width is the same function as so many experts that every token takes.
       y_TD += MLP(model.num_shared_experts * hidden, self.out_scale, name="shared")(x_TD)

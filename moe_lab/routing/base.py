@@ -19,11 +19,13 @@ class Assignment(NamedTuple):
     expert_TK: int32, best expert first.
     gate_TK: float32, 0 in slots that are not valid.
     valid_TK: bool; a token's valid slots come first. Padding has none.
+    identity_T: float32, gate of the token's own input, which experts that compute nothing give back; None: no such.
   """
 
   expert_TK: jax.Array
   gate_TK: jax.Array
   valid_TK: jax.Array
+  identity_T: jax.Array | None = None
 
 
 class PolicyTerms(NamedTuple):
@@ -58,6 +60,7 @@ class RouterStats(NamedTuple):
     count_T: int32 [T], experts of each token.
     policy: terms of a learned count policy; None for a router without one.
     sums: the method's own sums over tokens by name, for its losses and its state.
+    sequences: the balance loss's sums for each sequence; None where it does not go by sequence.
   """
 
   token_count: jax.Array
@@ -70,6 +73,14 @@ class RouterStats(NamedTuple):
   count_T: jax.Array
   policy: PolicyTerms | None
   sums: dict[str, jax.Array]
+  sequences: "SequenceSums | None"
+
+
+class SequenceSums(NamedTuple):
+  """The balance loss's sums for each sequence (row) of a batch, [B, E]: rows sent to each expert, probabilities."""
+
+  assigned_BE: jax.Array
+  prob_BE: jax.Array
 
 
 class RouterState(NamedTuple):
@@ -78,7 +89,7 @@ class RouterState(NamedTuple):
   Attributes:
     bias_E: added to the router logits for the choice of experts only (loss-free balancing).
     load_E: running share of the rows that each expert gets, times E: 1 is the fair share.
-    count_shift: [], the greedy rule's calibration, in experts (see `count_policy.greedy_count`).
+    count_shift: the greedy rule's calibration, in experts (`count_policy.greedy_count`): a `budget_table`, [] or [J].
     method: the method's own by name: thresholds, coefficients, running means.
   """
 
@@ -92,14 +103,16 @@ class Observed(NamedTuple):
   """What a step tells the controllers; [Z, ...] over layers.
 
   Attributes:
-    count_mean: [Z], realised experts per token.
-    greedy_mean: [Z], experts per token by the inference rule, on the same tokens; 0 for a router without a policy.
+    asked: [] or [J], tokens by the budget they asked for (`budget_table.shares`).
+    count_mean: [Z] or [Z, J], realised experts per token at each budget of the table.
+    greedy_mean: as count_mean, by the inference rule on the same tokens; 0 for a router without a policy.
     assigned_ZE: rows by expert.
     token_count: [], tokens summed over.
     sums: as in `RouterStats`.
     advantage_mean_square: [], of the decisions that teach a policy, in nats squared.
   """
 
+  asked: jax.Array
   count_mean: jax.Array
   greedy_mean: jax.Array
   assigned_ZE: jax.Array
@@ -125,6 +138,8 @@ class RouterContext(NamedTuple):
     state: this layer's `RouterState`.
     key: randomness of training (sampled counts, dropout); None: inference.
     decisions: choices to replay.
+    num_sequences: B; tokens are B equal rows, one after the other.
+    greedy_T: bool, tokens that take the inference rule's count although there is a key; None: no such.
   """
 
   mask_T: jax.Array
@@ -133,6 +148,8 @@ class RouterContext(NamedTuple):
   state: RouterState
   key: jax.Array | None
   decisions: Decisions
+  num_sequences: int = 1
+  greedy_T: jax.Array | None = None
 
 
 def initial_router_state(num_layers: int, num_experts: int) -> RouterState:
@@ -151,8 +168,20 @@ def collect_stats(
   mask_T: jax.Array,
   policy: PolicyTerms | None,
   sums: dict[str, jax.Array] | None = None,
+  balance_TE: jax.Array | None = None,
+  num_sequences: int | None = None,
 ) -> RouterStats:
-  """Sums a layer's statistics over the tokens of `mask_T`; `sums` are the method's own, summed already."""
+  """Sums a layer's statistics over the tokens of `mask_T`.
+
+  Args:
+    logits_TE: of the router.
+    assignment: the experts of each token.
+    mask_T: False for padding.
+    policy: terms of a learned count policy.
+    sums: the method's own, summed already.
+    balance_TE: what the balance loss takes for probabilities; by default the logits' softmax.
+    num_sequences: B, to have the balance loss's sums for each sequence too.
+  """
   num_experts, slots = logits_TE.shape[1], assignment.expert_TK.shape[1]
   mask_T = mask_T.astype(jnp.float32)
   log_normaliser_T = jax.nn.logsumexp(logits_TE, axis=-1)
@@ -160,10 +189,18 @@ def collect_stats(
   prob_TE = jnp.exp(log_prob_TE)
   count_T = assignment.valid_TK.sum(-1)
   taken_TKE = jax.nn.one_hot(assignment.expert_TK, num_experts) * assignment.valid_TK[..., None]
+  balance_TE = prob_TE if balance_TE is None else balance_TE
+  sequences = None
+  if num_sequences is not None:
+
+    def per_sequence(values_TE):
+      return values_TE.reshape(num_sequences, -1, num_experts).sum(1)
+
+    sequences = SequenceSums(per_sequence(taken_TKE.sum(1)), per_sequence(mask_T[:, None] * balance_TE))
   return RouterStats(
     token_count=mask_T.sum(),
     assigned_E=taken_TKE.sum((0, 1)),
-    prob_sum_E=mask_T @ prob_TE,
+    prob_sum_E=mask_T @ balance_TE,
     z_sum=mask_T @ jnp.square(log_normaliser_T),
     entropy_sum=-mask_T @ (prob_TE * log_prob_TE).sum(-1),
     count_histogram_K1=mask_T @ jax.nn.one_hot(count_T, slots + 1),
@@ -171,4 +208,5 @@ def collect_stats(
     count_T=count_T,
     policy=policy,
     sums=sums or {},
+    sequences=sequences,
   )

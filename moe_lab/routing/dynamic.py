@@ -18,12 +18,12 @@ from moe_lab.routing.base import (
   RouterContext,
   RouterState,
   RouterStats,
-  collect_stats,
 )
 from moe_lab.routing.budget import BudgetState
+from moe_lab.routing.budget_table import at
 from moe_lab.routing.count_policy import budget_log_prior, calibrated_shift, entropy, expected_count, greedy_count
 from moe_lab.routing.router import Router
-from moe_lab.routing.selection import assign, rank_experts, router_logits
+from moe_lab.routing.selection import assign, replayed, router_logits
 
 POLICY_WIDTH = 32  # hidden units of the policy and of the value head
 
@@ -51,7 +51,7 @@ class Dynamic(Router):
   def __call__(self, parameters, x_TD: jax.Array, context: RouterContext) -> tuple[Assignment, RouterStats]:
     k_min, k_max = self.config.k_min, self.config.k_max
     logits_TE = router_logits(x_TD, parameters["router_DE"])
-    expert_TK = rank_experts(logits_TE, k_max, self.config.expert_dropout, context)
+    expert_TK = self.ranked(logits_TE, context)
 
     seen_TD = x_TD if self.config.policy_input == "hidden" else context.embedding_TD
     features = jnp.concatenate(
@@ -61,13 +61,13 @@ class Dynamic(Router):
       _head(parameters, "policy", features) + budget_log_prior(context.budget_T, k_min, k_max), axis=-1
     )
     expected_T = expected_count(log_prob_TA, k_min)
-    greedy_T = greedy_count(expected_T, context.state.count_shift, k_min, k_max)
-    if context.decisions.count_T is not None:
-      count_T = context.decisions.count_T
-    elif context.key is not None:
+    shift = at(context.state.count_shift, context.budget_T, self.config)
+    count_T = greedy_T = greedy_count(expected_T, shift, k_min, k_max)
+    if context.key is not None:
       count_T = k_min + jax.random.categorical(jax.random.fold_in(context.key, 0), log_prob_TA)
-    else:
-      count_T = greedy_T
+    if context.greedy_T is not None:
+      count_T = jnp.where(context.greedy_T, greedy_T, count_T)
+    count_T = replayed(count_T, context)
 
     policy = PolicyTerms(
       log_prob_T=jnp.take_along_axis(log_prob_TA, jnp.clip(count_T - k_min, 0, k_max - k_min)[:, None], axis=1)[:, 0],
@@ -76,16 +76,19 @@ class Dynamic(Router):
       greedy_count_T=greedy_T.astype(jnp.float32),
       value_T=_head(parameters, "value", features)[:, 0] if self.config.baseline == "value" else None,
     )
-    assignment = assign(logits_TE, expert_TK, count_T, context.mask_T)
-    return assignment, collect_stats(logits_TE, assignment, context.mask_T, policy)
+    assignment = assign(logits_TE, expert_TK, count_T, context.mask_T, self.config.gate)
+    return assignment, self.stats(logits_TE, assignment, context, policy)
 
   def updated_state(self, state: RouterState, seen: Observed) -> RouterState:
     shift_Z = calibrated_shift(state.count_shift, seen.count_mean, seen.greedy_mean, self.config)
+    shift_Z = jnp.where(seen.asked > 0, shift_Z, state.count_shift)
     return super().updated_state(state, seen)._replace(count_shift=shift_Z)
 
   def updated_budget(self, state: BudgetState, seen: Observed, step: jax.Array) -> BudgetState:
     scale = budget_control.updated_scale(state.scale, seen.advantage_mean_square)
-    moved = budget_control.updated(state, self.config, seen.count_mean.mean(), scale)
+    # At a budget that nobody asked for in this step the mean stays what it was.
+    mean = jnp.where(seen.asked > 0, seen.count_mean.mean(0), state.mean)
+    moved = budget_control.updated(state, self.config, mean, scale)
     # In the warm-up no price could move the counts; integrating then would wind the controller up.
     learning = step >= self.config.warmup_steps
     return jax.tree.map(lambda new, old: jnp.where(learning, new, old), moved, state._replace(scale=scale))

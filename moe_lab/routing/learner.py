@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from moe_lab.config.schema import RoutingConfig
 from moe_lab.routing import budget as budget_control
+from moe_lab.routing import budget_table
 from moe_lab.routing.base import PolicyTerms
 from moe_lab.routing.budget import BudgetState
 from moe_lab.routing.count_policy import budget_log_prior, entropy
@@ -66,7 +67,7 @@ def lesson(
     learning: bool [], whether the warm-up is over; a value head learns from the first step.
     config: names the baseline.
   """
-  losses, total = {}, jnp.zeros(())
+  losses, total, length = {}, jnp.zeros(()), rollouts.nll_BL.shape[1]
   weight_BL, segment_BL = rollouts.weight_BL, rollouts.segment_BL
   credit_BL = credited_loss(jax.lax.stop_gradient(rollouts.nll_BL), weight_BL, segment_BL, config.credit_discount)
   if config.baseline == "leave_one_out":
@@ -79,15 +80,16 @@ def lesson(
     advantage_ZT, learns_BL = jax.lax.stop_gradient(error_ZT), weight_BL
   learns_T = learns_BL.reshape(-1)
   square = jnp.sum(jnp.square(advantage_ZT).reshape(-1, learns_T.size).mean(0) * learns_T)
-  floor = config.entropy_floor * entropy(budget_log_prior(rollouts.budget_B[:1], config.k_min, config.k_max))[0]
+  floor_B = config.entropy_floor * entropy(budget_log_prior(rollouts.budget_B, config.k_min, config.k_max))
+  price_B = budget_table.at(budget_control.price(state, config), rollouts.budget_B, config)
   policy = policy_losses(
     terms,
     advantage_ZT,
     learns_T,
     (segment_BL != 0).reshape(-1),
-    budget_control.price(state, config),
+    jnp.broadcast_to(price_B, floor_B.shape).repeat(length),
     state.scale,
-    floor,
+    floor_B.repeat(length),
   )
   policy["entropy_floor"] *= ENTROPY_FLOOR_WEIGHT
   total += jnp.where(learning, sum(policy.values()), 0.0)

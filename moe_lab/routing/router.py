@@ -7,8 +7,19 @@ import jax.numpy as jnp
 
 from moe_lab.config.schema import ModelConfig, RoutingConfig
 from moe_lab.routing import balance
-from moe_lab.routing.base import Assignment, Observed, RouterContext, RouterState, RouterStats, initial_router_state
+from moe_lab.routing.base import (
+  Assignment,
+  Observed,
+  PolicyTerms,
+  RouterContext,
+  RouterState,
+  RouterStats,
+  collect_stats,
+  initial_router_state,
+)
 from moe_lab.routing.budget import BudgetState
+from moe_lab.routing.budget_table import table_shape
+from moe_lab.routing.selection import best, eligible_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +45,32 @@ class Router:
     """Routes the tokens of one layer."""
     raise NotImplementedError
 
+  def eligible(self, score_TE: jax.Array, context: RouterContext) -> jax.Array:
+    """Returns what the choice of experts goes by; see `eligible_scores`."""
+    groups = (self.config.expert_groups, self.config.groups_kept)
+    return eligible_scores(score_TE, self.config.slots, self.config.expert_dropout, context, groups)
+
+  def ranked(self, logits_TE: jax.Array, context: RouterContext) -> jax.Array:
+    """Returns expert_TK: each token's best experts in order, by logit, or by sigmoid score where that is the gate."""
+    score_TE = jax.nn.sigmoid(logits_TE) if self.config.gate == "sigmoid" else logits_TE
+    return best(self.eligible(score_TE, context), self.config.slots, context)
+
+  def stats(
+    self,
+    logits_TE: jax.Array,
+    assignment: Assignment,
+    context: RouterContext,
+    policy: PolicyTerms | None = None,
+    sums: dict[str, jax.Array] | None = None,
+  ) -> RouterStats:
+    """Returns the layer's statistics."""
+    balance_TE = None
+    if self.config.gate == "sigmoid":
+      score_TE = jax.nn.sigmoid(logits_TE)
+      balance_TE = score_TE / score_TE.sum(-1, keepdims=True)
+    num_sequences = context.num_sequences if self.config.balance_scope == "sequence" else None
+    return collect_stats(logits_TE, assignment, context.mask_T, policy, sums, balance_TE, num_sequences)
+
   def losses(self, stats: RouterStats, state: RouterState) -> dict[str, tuple[jax.Array, jax.Array | float]]:
     """Names the method's own losses: value (float32 []) and weight. `stats` and `state` are [Z, ...]."""
     return {}
@@ -49,7 +86,8 @@ class Router:
   def initial_state(self, num_layers: int, num_experts: int) -> RouterState:
     """Returns the [Z, ...] state of an untrained model."""
     state = initial_router_state(num_layers, num_experts)
-    return state._replace(method=self.method_state(num_layers, num_experts))
+    shift = jnp.zeros((num_layers, *table_shape(self.config)))
+    return state._replace(count_shift=shift, method=self.method_state(num_layers, num_experts))
 
   def updated_state(self, state: RouterState, seen: Observed) -> RouterState:
     """Returns the [Z, ...] state after a step: balance, and the method's own."""

@@ -1,16 +1,20 @@
 """The training loss: next-token loss, balance, the routing method's own losses, and the count policy's."""
 
+import jax
 import jax.numpy as jnp
 
 from moe_lab.config.schema import Config
 from moe_lab.nn.transformer import Transformer
 from moe_lab.ops.cross_entropy import weighted_head_loss
 from moe_lab.routing.balance import load_balance_loss
+from moe_lab.routing.budget_table import draw_budgets
 from moe_lab.routing.learner import Rollouts, lesson, twin_rows
 from moe_lab.routing.registry import make_router
 from moe_lab.train.metrics import from_stats
 from moe_lab.train.state import TrainState
 from moe_lab.types import Batch
+
+BUDGET_STREAM = 1_000_003  # of the step's key, beside the layers' own
 
 
 def num_twins(config: Config, batch_size: int) -> int:
@@ -32,8 +36,13 @@ def compute_loss(params, state: TrainState, batch: Batch, key, config: Config, m
   segment_BL = batch.segments[:, :-1]
   weight_BL = ((segment_BL == batch.segments[:, 1:]) & (segment_BL != 0)).astype(jnp.float32)
 
-  budget_B = jnp.full(token_BL.shape[0], routing.budget)
-  out = model.apply({"params": params}, token_BL, segment_BL, budget_B, state.router_state, key=key)
+  rows = token_BL.shape[0] - twins
+  budget_B = draw_budgets(jax.random.fold_in(key, BUDGET_STREAM), rows, routing)
+  budget_B = jnp.concatenate([budget_B, budget_B[:twins]])
+  greedy_B = jnp.arange(rows + twins) >= rows if routing.baseline == "greedy" else None
+  out = model.apply(
+    {"params": params}, token_BL, segment_BL, budget_B, state.router_state, key=key, greedy_B=greedy_B
+  )
   # A sequence counts once, however often it is rolled out.
   share_B1 = jnp.where(twin_rows(token_BL.shape[0], twins), 0.5, 1.0)[:, None]
   loss_sum, nll_T = weighted_head_loss(
@@ -64,4 +73,9 @@ def compute_loss(params, state: TrainState, batch: Batch, key, config: Config, m
     total += taught.total
     losses |= taught.losses
     square, count = taught.advantage_square, taught.advantage_count
-  return total, from_stats(stats, loss_sum, loss_weight, square, count, losses)
+  real_BL = segment_BL != 0
+  drawn_BL = real_BL if greedy_B is None else real_BL & ~greedy_B[:, None]
+  budget_T, drawn_T, mask_T = (
+    jnp.broadcast_to(x, token_BL.shape).reshape(-1).astype(jnp.float32) for x in (budget_B[:, None], drawn_BL, real_BL)
+  )
+  return total, from_stats(stats, budget_T, drawn_T, mask_T, routing, loss_sum, loss_weight, square, count, losses)

@@ -15,10 +15,21 @@ METHODS = (
   "top_p",
   "top_p_pi",
   "null_experts",
+  "learned_threshold",
+  "relu",
+  "expert_threshold",
+  "entropy_rule",
+  "expert_choice",
+  "sequence_topk",
 )
-_MAY_TAKE_NONE = ("null_experts",)
-_SLOT_GATES = ("dynamic", "topk", "random_k")  # methods whose gates are a choice; the others' are part of them
-_ANY_BUDGET = ("dynamic", "random_k", "top_p_pi", "null_experts")  # can be trained for a range of budgets
+_TWO_ROLLOUTS = ("leave_one_out",)  # baselines that are a second rollout
+_MAY_TAKE_NONE = ("null_experts", "relu", "expert_threshold", "expert_choice", "sequence_topk")
+# Methods whose gates are a choice; the others' are part of them.
+_SLOT_GATES = ("dynamic", "topk", "random_k", "entropy_rule", "sequence_topk")
+# Methods that can be trained for a range of budgets.
+_ANY_BUDGET = (
+  "dynamic", "random_k", "top_p_pi", "null_experts", "learned_threshold", "entropy_rule", "sequence_topk",
+)  # fmt: skip
 
 
 def _check_choice(field: str, got: str, choices: tuple[str, ...]) -> None:
@@ -112,7 +123,7 @@ class RoutingConfig:
   entropy_floor: float = 0.6  # share of the untrained policy's entropy that the policy's mean entropy is kept above
   credit_discount: float = 0.5  # share of the next token's loss that is credited one token back
   lambda_min: float = 0.002  # at_most: the least price of an expert, in nats per expert
-  gate: str = "softmax_chosen"  # dynamic, topk, random_k: softmax_chosen | softmax_all (Switch) | sigmoid (DeepSeek-V3)
+  gate: str = "softmax_chosen"  # where the method leaves a choice: softmax_chosen | softmax_all (Switch) | sigmoid
   expert_groups: int = 1  # groups that the experts are divided into (group-limited routing) ...
   groups_kept: int = 1  # ... and how many of them, the best ones, are open to a token
   count_shares: tuple[float, ...] = ()  # random_k: chance of each count k_min..k_max; (): most entropy with that mean
@@ -124,6 +135,8 @@ class RoutingConfig:
   balance_scope: str = "local"  # what is to be even: local (each micro-batch) | sequence | global (a step's batch)
   z_loss_weight: float = 0.001
   bias_update_rate: float = 0.0  # loss-free balancing (arXiv 2408.15664); 0 is off
+  router_jitter: float = 0.0  # in training the router's input is multiplied by a random 1 +- this (arXiv 2101.03961)
+  gating_dropout: float = 0.0  # share of steps in which a layer's tokens go to random experts (arXiv 2205.14336)
   expert_dropout: float = 0.0  # mean share of experts that leave the choice in a training step; the busier the likelier
 
   def __post_init__(self):
@@ -136,7 +149,7 @@ class RoutingConfig:
     _check_choice("routing.budget_mode", self.budget_mode, ("exactly", "at_most"))
     _check_choice("routing.policy_input", self.policy_input, ("hidden", "token"))
     _check_choice("routing.baseline", self.baseline, ("leave_one_out", "value"))
-    _check_range("routing.second_rollouts", self.second_rollouts, 0, 1, open_low=self.baseline == "leave_one_out")
+    _check_range("routing.second_rollouts", self.second_rollouts, 0, 1, open_low=self.baseline in _TWO_ROLLOUTS)
     _check_range("routing.warmup_steps", self.warmup_steps, 0)
     _check_choice("routing.gate", self.gate, ("softmax_chosen", "softmax_all", "sigmoid"))
     if self.method not in _SLOT_GATES and self.gate != "softmax_chosen":
@@ -158,6 +171,8 @@ class RoutingConfig:
       _check_range(f"routing.{name}", getattr(self, name), 0)
     _check_range("routing.entropy_floor", self.entropy_floor, 0, 0.95)
     _check_range("routing.credit_discount", self.credit_discount, 0, 0.99)
+    _check_range("routing.router_jitter", self.router_jitter, 0, 0.9)
+    _check_range("routing.gating_dropout", self.gating_dropout, 0, 0.9)
     _check_range("routing.expert_dropout", self.expert_dropout, 0, 0.5)
 
   def _check_budget_range(self) -> None:
@@ -200,7 +215,7 @@ class RoutingConfig:
   @property
   def two_rollouts(self) -> bool:
     """Whether some sequences run twice in a batch."""
-    return self.learns_counts and self.baseline == "leave_one_out"
+    return self.learns_counts and self.baseline in _TWO_ROLLOUTS
 
   @property
   def slots(self) -> int:
@@ -219,8 +234,10 @@ class RoutingConfig:
       return float(self.k), float(self.k)
     if self.budget_range:
       return self.budget_range
-    # The count policy's prior follows any budget; a threshold was steered to one.
-    if self.learns_counts or (self.method == "random_k" and not self.count_shares):
+    # A prior or a total follows any budget; a threshold was steered to one.
+    if self.learns_counts or self.method in ("sequence_topk", "expert_choice"):
+      return float(max(self.k_min, 1)), float(self.k_max)
+    if self.method == "random_k" and not self.count_shares:
       return float(self.k_min), float(self.k_max)
     return self.budget, self.budget
 

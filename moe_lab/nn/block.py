@@ -75,7 +75,7 @@ class Block(nn.Module):
       state=layer.state,
       key=layer.key,
       decisions=layer.decisions,
-      num_sequences=batch,
+      budget_B=shared.budget_B,
       greedy_T=None if shared.greedy_B is None else per_token(shared.greedy_B),
     )
     moe = MoE(self.model, self.routing, out_scale, self.mesh, name="moe")

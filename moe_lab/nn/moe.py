@@ -12,6 +12,7 @@ from moe_lab.nn.mlp import MLP
 from moe_lab.ops.grouped_mlp import ExpertWeights
 from moe_lab.routing.base import RouterContext, RouterStats
 from moe_lab.routing.dispatch import dispatch
+from moe_lab.routing.dropout import jittered, scattered
 from moe_lab.routing.registry import make_router
 from moe_lab.sharding.expert import expert_parallel, platform, splits
 
@@ -39,7 +40,8 @@ class MoE(nn.Module):
       name: self.param(name, scaled_normal(std), shape, jnp.float32)
       for name, (shape, std) in router.parameters(model).items()
     }
-    assignment, stats = router(parameters, x_TD, context)
+    assignment, stats = router(parameters, jittered(x_TD, routing.router_jitter, context), context)
+    assignment = scattered(assignment, num_experts, routing.gating_dropout, context)
 
     weights = ExpertWeights(
       gate_EDF=self.param("gate_EDF", scaled_normal(dim**-0.5), (num_experts, dim, hidden), jnp.float32),

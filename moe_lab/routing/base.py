@@ -138,7 +138,7 @@ class RouterContext(NamedTuple):
     state: this layer's `RouterState`.
     key: randomness of training (sampled counts, dropout); None: inference.
     decisions: choices to replay.
-    num_sequences: B; tokens are B equal rows, one after the other.
+    budget_B: float32, the same for each row of the batch; tokens are B equal rows, one after the other. None: one row.
     greedy_T: bool, tokens that take the inference rule's count although there is a key; None: no such.
   """
 
@@ -148,8 +148,13 @@ class RouterContext(NamedTuple):
   state: RouterState
   key: jax.Array | None
   decisions: Decisions
-  num_sequences: int = 1
+  budget_B: jax.Array | None = None
   greedy_T: jax.Array | None = None
+
+  @property
+  def num_sequences(self) -> int:
+    """B."""
+    return 1 if self.budget_B is None else self.budget_B.shape[0]
 
 
 def initial_router_state(num_layers: int, num_experts: int) -> RouterState:

@@ -73,6 +73,11 @@ def replayed(count_T: jax.Array, context: RouterContext) -> jax.Array:
   return count_T if context.decisions.count_T is None else context.decisions.count_T
 
 
+def passing_count(score_TK: jax.Array, k_min: int) -> jax.Array:
+  """Returns count_T: how many scores, best first, are above zero; at least `k_min` where so many can be had."""
+  return jnp.maximum((score_TK > 0).sum(-1), k_min)
+
+
 def first_slots(gate_TK: jax.Array, expert_TK: jax.Array, count_T: jax.Array, mask_T: jax.Array) -> Assignment:
   """Gives each token its first `count_T` experts, with the gates that are given; padding gets none."""
   valid_TK = (jnp.arange(expert_TK.shape[1]) < count_T[:, None]) & mask_T[:, None]

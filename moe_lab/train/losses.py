@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from moe_lab.config.schema import Config
 from moe_lab.nn.transformer import Transformer
 from moe_lab.ops.cross_entropy import weighted_head_loss
-from moe_lab.routing.balance import load_balance_loss
+from moe_lab.routing.balance import balance_loss
 from moe_lab.routing.budget_table import draw_budgets
 from moe_lab.routing.learner import Rollouts, lesson, twin_rows
 from moe_lab.routing.registry import make_router
@@ -27,8 +27,13 @@ def with_twins(batch: Batch, twins: int) -> Batch:
   return Batch(*(jnp.concatenate([rows, rows[:twins]]) for rows in batch))
 
 
-def compute_loss(params, state: TrainState, batch: Batch, key, config: Config, model: Transformer):
-  """Returns the total loss (float32 []) and the `Metrics` of one micro-batch."""
+def compute_loss(
+  params, state: TrainState, batch: Batch, key, config: Config, model: Transformer, earlier_ZE: jax.Array | float = 0.0
+):
+  """Returns the total loss (float32 []) and the `Metrics` of one micro-batch.
+
+  `earlier_ZE`: rows by expert of the step's micro-batches before this one.
+  """
   routing = config.routing
   twins = num_twins(config, batch.tokens.shape[0])
   batch = with_twins(batch, twins)
@@ -39,7 +44,8 @@ def compute_loss(params, state: TrainState, batch: Batch, key, config: Config, m
   rows = token_BL.shape[0] - twins
   budget_B = draw_budgets(jax.random.fold_in(key, BUDGET_STREAM), rows, routing)
   budget_B = jnp.concatenate([budget_B, budget_B[:twins]])
-  greedy_B = jnp.arange(rows + twins) >= rows if routing.baseline == "greedy" else None
+  # The baseline "greedy" is a second rollout by the rule of inference.
+  greedy_B = jnp.arange(rows + twins) >= rows if twins and routing.baseline == "greedy" else None
   out = model.apply(
     {"params": params}, token_BL, segment_BL, budget_B, state.router_state, key=key, greedy_B=greedy_B
   )
@@ -57,7 +63,7 @@ def compute_loss(params, state: TrainState, batch: Batch, key, config: Config, m
   stats = out.stats
   router_losses = make_router(routing).losses(stats, state.router_state) | {
     "load_balance": (
-      load_balance_loss(stats.assigned_E, stats.prob_sum_E, stats.token_count),
+      balance_loss(stats, routing.balance_scope, earlier_ZE),
       routing.load_balance_weight,
     ),
     "router_z": (jnp.mean(stats.z_sum / jnp.maximum(stats.token_count, 1)), routing.z_loss_weight),

@@ -24,7 +24,8 @@ def _gradients(state: TrainState, batch: Batch, key, config: Config, model: Tran
 
   def one(total, inputs):
     part, part_key = inputs
-    return jax.tree.map(jnp.add, total, grad(state.params, state, part, part_key, config, model)), None
+    part = grad(state.params, state, part, part_key, config, model, total[1].assigned_ZE)
+    return jax.tree.map(jnp.add, total, part), None
 
   # Interleaved, so that each micro-batch is a fair sample of a sorted batch.
   split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)

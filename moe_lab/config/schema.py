@@ -22,7 +22,7 @@ METHODS = (
   "expert_choice",
   "sequence_topk",
 )
-_TWO_ROLLOUTS = ("leave_one_out",)  # baselines that are a second rollout
+_TWO_ROLLOUTS = ("leave_one_out", "greedy")  # baselines that are a second rollout
 _MAY_TAKE_NONE = ("null_experts", "relu", "expert_threshold", "expert_choice", "sequence_topk")
 # Methods whose gates are a choice; the others' are part of them.
 _SLOT_GATES = ("dynamic", "topk", "random_k", "entropy_rule", "sequence_topk")
@@ -117,8 +117,11 @@ class RoutingConfig:
   budget_range: tuple[float, ...] = ()  # (low, high): training asks each sequence for a budget of its own; () is off
   budget_mode: str = "exactly"  # exactly | at_most (an upper bound; spends less where experts buy nothing)
   policy_input: str = "hidden"  # what the count policy reads: hidden | token (the token's embedding only: a control)
-  baseline: str = "leave_one_out"  # leave_one_out (two rollouts) | value (a value head, one rollout)
-  second_rollouts: float = 0.25  # leave_one_out: share of a batch's sequences that is rolled out twice
+  # How the count policy learns. By REINFORCE, with the baseline leave_one_out (two rollouts) | greedy (the second
+  # rollout takes the greedy counts) | value (a value head, one rollout) | none; or by straight_through (no sampled
+  # reward: a gradient through relaxed counts).
+  baseline: str = "leave_one_out"
+  second_rollouts: float = 0.25  # leave_one_out, greedy: share of a batch's sequences that is rolled out twice
   warmup_steps: int = 200  # steps with counts drawn at random before the policy learns
   entropy_floor: float = 0.6  # share of the untrained policy's entropy that the policy's mean entropy is kept above
   credit_discount: float = 0.5  # share of the next token's loss that is credited one token back
@@ -148,7 +151,7 @@ class RoutingConfig:
     _check_range("routing.budget", self.budget, self.k_min, self.k_max, open_low=self.k_min == 0)
     _check_choice("routing.budget_mode", self.budget_mode, ("exactly", "at_most"))
     _check_choice("routing.policy_input", self.policy_input, ("hidden", "token"))
-    _check_choice("routing.baseline", self.baseline, ("leave_one_out", "value"))
+    _check_choice("routing.baseline", self.baseline, (*_TWO_ROLLOUTS, "value", "none", "straight_through"))
     _check_range("routing.second_rollouts", self.second_rollouts, 0, 1, open_low=self.baseline in _TWO_ROLLOUTS)
     _check_range("routing.warmup_steps", self.warmup_steps, 0)
     _check_choice("routing.gate", self.gate, ("softmax_chosen", "softmax_all", "sigmoid"))

@@ -25,12 +25,33 @@ from moe_lab.routing.count_policy import budget_log_prior, calibrated_shift, ent
 from moe_lab.routing.router import Router
 from moe_lab.routing.selection import assign, replayed, router_logits
 
+TEMPERATURE = 1.0  # of the relaxed counts
 POLICY_WIDTH = 32  # hidden units of the policy and of the value head
 
 
 def _head(parameters, name: str, features_TD):
   hidden = jax.nn.silu(features_TD @ parameters[f"{name}_in"] + parameters[f"{name}_bias"])
   return hidden @ parameters[f"{name}_out"]
+
+
+def with_soft_count(assignment: Assignment, perturbed_TA: jax.Array, k_min: int, learning: jax.Array) -> Assignment:
+  """Lets the loss reach the count: the non-RL control (straight-through Gumbel-softmax, arXiv 1611.01144).
+
+  Values stay; the gate of slot j gets the gradient of the relaxed probability
+  that the count is more than j. Experts that were not taken are not computed,
+  so what they would have been worth teaches nothing.
+
+  Args:
+    assignment: by a sampled count.
+    perturbed_TA: log-probabilities of the counts plus Gumbel noise.
+    k_min: the first count.
+    learning: bool [], whether the warm-up is over; before, nothing reaches the count.
+  """
+  relaxed_TA = jax.nn.softmax(perturbed_TA / TEMPERATURE, axis=-1)
+  slot_K, count_A = jnp.arange(assignment.expert_TK.shape[1]), k_min + jnp.arange(perturbed_TA.shape[1])
+  more_TK = relaxed_TA @ (count_A[:, None] > slot_K).astype(jnp.float32)
+  more_TK = jnp.where(learning, more_TK, 0.0)
+  return assignment._replace(gate_TK=assignment.gate_TK * (1 + more_TK - jax.lax.stop_gradient(more_TK)))
 
 
 class Dynamic(Router):
@@ -64,7 +85,8 @@ class Dynamic(Router):
     shift = at(context.state.count_shift, context.budget_T, self.config)
     count_T = greedy_T = greedy_count(expected_T, shift, k_min, k_max)
     if context.key is not None:
-      count_T = k_min + jax.random.categorical(jax.random.fold_in(context.key, 0), log_prob_TA)
+      noise_TA = jax.random.gumbel(jax.random.fold_in(context.key, 0), log_prob_TA.shape)
+      count_T = k_min + jnp.argmax(log_prob_TA + noise_TA, axis=-1)
     if context.greedy_T is not None:
       count_T = jnp.where(context.greedy_T, greedy_T, count_T)
     count_T = replayed(count_T, context)
@@ -77,7 +99,17 @@ class Dynamic(Router):
       value_T=_head(parameters, "value", features)[:, 0] if self.config.baseline == "value" else None,
     )
     assignment = assign(logits_TE, expert_TK, count_T, context.mask_T, self.config.gate)
+    if self.config.baseline == "straight_through" and context.key is not None:
+      learning = context.state.method["steps"] >= self.config.warmup_steps
+      assignment = with_soft_count(assignment, log_prob_TA + noise_TA, k_min, learning)
     return assignment, self.stats(logits_TE, assignment, context, policy)
+
+  def method_state(self, num_layers: int, num_experts: int) -> dict[str, jax.Array]:
+    # Only here does the forward pass itself teach, and so has to know of the warm-up.
+    return {"steps": jnp.zeros(num_layers)} if self.config.baseline == "straight_through" else {}
+
+  def updated_method_state(self, state: RouterState, seen: Observed) -> dict[str, jax.Array]:
+    return {name: steps + 1 for name, steps in state.method.items()}
 
   def updated_state(self, state: RouterState, seen: Observed) -> RouterState:
     shift_Z = calibrated_shift(state.count_shift, seen.count_mean, seen.greedy_mean, self.config)

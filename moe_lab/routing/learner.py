@@ -15,6 +15,8 @@ from moe_lab.routing.policy_gradient import credited_loss, leave_one_out_advanta
 
 ENTROPY_FLOOR_WEIGHT = 5.0  # in units of the advantage's scale: stronger than any usual price
 
+STRAIGHT_THROUGH_SCALE = 0.1  # nats: the price's unit where no advantage gives one
+
 
 class Rollouts(NamedTuple):
   """A batch as it went through the model.
@@ -70,9 +72,18 @@ def lesson(
   losses, total, length = {}, jnp.zeros(()), rollouts.nll_BL.shape[1]
   weight_BL, segment_BL = rollouts.weight_BL, rollouts.segment_BL
   credit_BL = credited_loss(jax.lax.stop_gradient(rollouts.nll_BL), weight_BL, segment_BL, config.credit_discount)
-  if config.baseline == "leave_one_out":
+  unit = jnp.ones(())
+  if config.baseline in ("leave_one_out", "greedy"):
     advantage_ZT = leave_one_out_advantage(credit_BL, rollouts.num_twins).reshape(-1)
-    learns_BL = weight_BL * twin_rows(weight_BL.shape[0], rollouts.num_twins)[:, None]
+    twin_B = twin_rows(weight_BL.shape[0], rollouts.num_twins)
+    if config.baseline == "greedy":  # the second rollouts were not sampled and teach nothing
+      twin_B &= jnp.arange(twin_B.size) < rollouts.num_twins
+    learns_BL = weight_BL * twin_B[:, None]
+  elif config.baseline == "none":
+    advantage_ZT, learns_BL = -credit_BL.reshape(-1), weight_BL
+  elif config.baseline == "straight_through":
+    # What teaches is the text's own loss, in nats; so is then the price.
+    advantage_ZT, learns_BL, unit = jnp.full(weight_BL.size, STRAIGHT_THROUGH_SCALE), weight_BL, state.scale
   else:
     error_ZT = terms.value_T - credit_BL.reshape(-1)
     losses["value"] = jnp.sum(jnp.square(error_ZT).mean(0) * weight_BL.reshape(-1)) / jnp.maximum(weight_BL.sum(), 1)
@@ -92,5 +103,7 @@ def lesson(
     floor_B.repeat(length),
   )
   policy["entropy_floor"] *= ENTROPY_FLOOR_WEIGHT
-  total += jnp.where(learning, sum(policy.values()), 0.0)
+  if config.baseline == "straight_through":
+    del policy["policy"]
+  total += jnp.where(learning, unit * sum(policy.values()), 0.0)
   return Lesson(total, losses | policy, square, learns_T.sum())

@@ -44,10 +44,12 @@ def random_batch(seed=0):
   return Batch(tokens, segments, np.zeros_like(tokens))
 
 
-CASES = {method: dict(method=method) for method in METHODS}
+CASES = {method: dict(method=method) for method in METHODS} | {
+  baseline: dict(method="dynamic", baseline=baseline) for baseline in ("none", "greedy", "straight_through")
+}
 
 
-QUICK = ("random_k", "top_p_pi", "null_experts")  # the others take as long, and are alike
+QUICK = ("random_k", "top_p_pi", "null_experts", "straight_through")  # the others take as long, and are alike
 
 
 @pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])

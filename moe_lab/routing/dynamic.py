@@ -25,6 +25,7 @@ from moe_lab.routing.count_policy import budget_log_prior, calibrated_shift, ent
 from moe_lab.routing.router import Router
 from moe_lab.routing.selection import assign, replayed, router_logits
 
+WITH_VALUE_HEAD = ("value", "ppo")
 TEMPERATURE = 1.0  # of the relaxed counts
 POLICY_WIDTH = 32  # hidden units of the policy and of the value head
 
@@ -61,7 +62,7 @@ class Dynamic(Router):
     features = model.dim + 1  # the hidden state and the budget
     shapes = super().parameters(model)
     heads = {"policy": self.config.k_max - self.config.k_min + 1}
-    if self.config.baseline == "value":
+    if self.config.baseline in WITH_VALUE_HEAD:
       heads["value"] = 1
     for name, width in heads.items():
       shapes[f"{name}_in"] = ((features, POLICY_WIDTH), features**-0.5)
@@ -96,7 +97,7 @@ class Dynamic(Router):
       expected_count_T=expected_T,
       entropy_T=entropy(log_prob_TA),
       greedy_count_T=greedy_T.astype(jnp.float32),
-      value_T=_head(parameters, "value", features)[:, 0] if self.config.baseline == "value" else None,
+      value_T=_head(parameters, "value", features)[:, 0] if self.config.baseline in WITH_VALUE_HEAD else None,
     )
     assignment = assign(logits_TE, expert_TK, count_T, context.mask_T, self.config.gate)
     if self.config.baseline == "straight_through" and context.key is not None:

@@ -15,6 +15,7 @@ from moe_lab.routing.policy_gradient import credited_loss, leave_one_out_advanta
 
 ENTROPY_FLOOR_WEIGHT = 5.0  # in units of the advantage's scale: stronger than any usual price
 
+CLIP = 0.2  # of PPO's ratio
 STRAIGHT_THROUGH_SCALE = 0.1  # nats: the price's unit where no advantage gives one
 
 
@@ -57,6 +58,20 @@ class Lesson(NamedTuple):
   advantage_count: jax.Array
 
 
+def _policy_losses(
+  terms: PolicyTerms, advantage_ZT, learns_T, rollouts: Rollouts, state: BudgetState, config: RoutingConfig
+) -> dict[str, jax.Array]:
+  """Returns `policy_losses` at the price and with the floor of each sequence's budget."""
+  length, budget_B = rollouts.nll_BL.shape[1], rollouts.budget_B
+  floor_B = config.entropy_floor * entropy(budget_log_prior(budget_B, config.k_min, config.k_max))
+  price_B = jnp.broadcast_to(budget_table.at(budget_control.price(state, config), budget_B, config), budget_B.shape)
+  mask_T = (rollouts.segment_BL != 0).reshape(-1)
+  losses = policy_losses(
+    terms, advantage_ZT, learns_T, mask_T, price_B.repeat(length), state.scale, floor_B.repeat(length)
+  )
+  return losses | {"entropy_floor": ENTROPY_FLOOR_WEIGHT * losses["entropy_floor"]}
+
+
 def lesson(
   terms: PolicyTerms, rollouts: Rollouts, state: BudgetState, learning: jax.Array, config: RoutingConfig
 ) -> Lesson:
@@ -69,7 +84,7 @@ def lesson(
     learning: bool [], whether the warm-up is over; a value head learns from the first step.
     config: names the baseline.
   """
-  losses, total, length = {}, jnp.zeros(()), rollouts.nll_BL.shape[1]
+  losses, total = {}, jnp.zeros(())
   weight_BL, segment_BL = rollouts.weight_BL, rollouts.segment_BL
   credit_BL = credited_loss(jax.lax.stop_gradient(rollouts.nll_BL), weight_BL, segment_BL, config.credit_discount)
   unit = jnp.ones(())
@@ -90,20 +105,37 @@ def lesson(
     total += losses["value"]
     advantage_ZT, learns_BL = jax.lax.stop_gradient(error_ZT), weight_BL
   learns_T = learns_BL.reshape(-1)
+  policy = _policy_losses(terms, advantage_ZT, learns_T, rollouts, state, config)
   square = jnp.sum(jnp.square(advantage_ZT).reshape(-1, learns_T.size).mean(0) * learns_T)
-  floor_B = config.entropy_floor * entropy(budget_log_prior(rollouts.budget_B, config.k_min, config.k_max))
-  price_B = budget_table.at(budget_control.price(state, config), rollouts.budget_B, config)
-  policy = policy_losses(
-    terms,
-    advantage_ZT,
-    learns_T,
-    (segment_BL != 0).reshape(-1),
-    jnp.broadcast_to(price_B, floor_B.shape).repeat(length),
-    state.scale,
-    floor_B.repeat(length),
-  )
-  policy["entropy_floor"] *= ENTROPY_FLOOR_WEIGHT
   if config.baseline == "straight_through":
     del policy["policy"]
   total += jnp.where(learning, unit * sum(policy.values()), 0.0)
   return Lesson(total, losses | policy, square, learns_T.sum())
+
+
+def clipped_lesson(
+  terms: PolicyTerms, old: PolicyTerms, rollouts: Rollouts, state: BudgetState, config: RoutingConfig
+) -> jax.Array:
+  """Returns PPO's loss (float32 []): the ratio of new to old probability is clipped (arXiv 1707.06347, eq. 7).
+
+  Args:
+    terms: the policy's now, for the decisions of the rollout, [Z, T].
+    old: when it made them; its value head is the baseline.
+    rollouts: what came of them.
+    state: of the budget controller.
+    config: of routing.
+  """
+  weight_T = rollouts.weight_BL.reshape(-1)
+  credit_T = credited_loss(
+    jax.lax.stop_gradient(rollouts.nll_BL), rollouts.weight_BL, rollouts.segment_BL, config.credit_discount
+  ).reshape(-1)
+  gain_ZT = jax.lax.stop_gradient((old.value_T - credit_T) / jnp.maximum(state.scale, 1e-6))
+  ratio_ZT = jnp.exp(terms.log_prob_T - jax.lax.stop_gradient(old.log_prob_T))
+  surrogate_ZT = jnp.minimum(ratio_ZT * gain_ZT, jnp.clip(ratio_ZT, 1 - CLIP, 1 + CLIP) * gain_ZT)
+
+  def mean(x_ZT):
+    return (x_ZT * weight_T).sum(-1).mean() / jnp.maximum(weight_T.sum(), 1)
+
+  exact = _policy_losses(terms, gain_ZT, weight_T, rollouts, state, config)
+  value = mean(jnp.square(terms.value_T - credit_T))
+  return value - mean(surrogate_ZT) + exact["price"] + exact["entropy_floor"]

@@ -1,5 +1,7 @@
 """The training loss: next-token loss, balance, the routing method's own losses, and the count policy's."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -27,6 +29,36 @@ def with_twins(batch: Batch, twins: int) -> Batch:
   return Batch(*(jnp.concatenate([rows, rows[:twins]]) for rows in batch))
 
 
+class Inputs(NamedTuple):
+  """A batch as the model reads it, twins included; letters as in `compute_loss`."""
+
+  token_BL: jax.Array
+  target_BL: jax.Array
+  segment_BL: jax.Array
+  weight_BL: jax.Array  # 1 where the prediction counts
+  budget_B: jax.Array
+  greedy_B: jax.Array | None  # rows that take the counts of inference
+  num_twins: int
+
+
+def inputs_of(batch: Batch, key: jax.Array, config: Config) -> Inputs:
+  """Returns what the model reads of a batch; `key` is the step's, and draws the budgets."""
+  rows, twins = batch.tokens.shape[0], num_twins(config, batch.tokens.shape[0])
+  batch = with_twins(batch, twins)
+  segment_BL = batch.segments[:, :-1]
+  budget_B = draw_budgets(jax.random.fold_in(key, BUDGET_STREAM), rows, config.routing)
+  return Inputs(
+    token_BL=batch.tokens[:, :-1],
+    target_BL=batch.tokens[:, 1:],
+    segment_BL=segment_BL,
+    weight_BL=((segment_BL == batch.segments[:, 1:]) & (segment_BL != 0)).astype(jnp.float32),
+    budget_B=jnp.concatenate([budget_B, budget_B[:twins]]),
+    # The baseline "greedy" is a second rollout by the rule of inference.
+    greedy_B=jnp.arange(rows + twins) >= rows if twins and config.routing.baseline == "greedy" else None,
+    num_twins=twins,
+  )
+
+
 def compute_loss(
   params, state: TrainState, batch: Batch, key, config: Config, model: Transformer, earlier_ZE: jax.Array | float = 0.0
 ):
@@ -35,20 +67,8 @@ def compute_loss(
   `earlier_ZE`: rows by expert of the step's micro-batches before this one.
   """
   routing = config.routing
-  twins = num_twins(config, batch.tokens.shape[0])
-  batch = with_twins(batch, twins)
-  token_BL, target_BL = batch.tokens[:, :-1], batch.tokens[:, 1:]
-  segment_BL = batch.segments[:, :-1]
-  weight_BL = ((segment_BL == batch.segments[:, 1:]) & (segment_BL != 0)).astype(jnp.float32)
-
-  rows = token_BL.shape[0] - twins
-  budget_B = draw_budgets(jax.random.fold_in(key, BUDGET_STREAM), rows, routing)
-  budget_B = jnp.concatenate([budget_B, budget_B[:twins]])
-  # The baseline "greedy" is a second rollout by the rule of inference.
-  greedy_B = jnp.arange(rows + twins) >= rows if twins and routing.baseline == "greedy" else None
-  out = model.apply(
-    {"params": params}, token_BL, segment_BL, budget_B, state.router_state, key=key, greedy_B=greedy_B
-  )
+  token_BL, target_BL, segment_BL, weight_BL, budget_B, greedy_B, twins = inputs_of(batch, key, config)
+  out = model.apply({"params": params}, token_BL, segment_BL, budget_B, state.router_state, key=key, greedy_B=greedy_B)
   # A sequence counts once, however often it is rolled out.
   share_B1 = jnp.where(twin_rows(token_BL.shape[0], twins), 0.5, 1.0)[:, None]
   loss_sum, nll_T = weighted_head_loss(

@@ -7,10 +7,12 @@ import optax
 from moe_lab.config.schema import Config
 from moe_lab.nn.transformer import Transformer
 from moe_lab.routing import budget as budget_control
+from moe_lab.routing import budget_table
 from moe_lab.routing.registry import make_router
 from moe_lab.train.losses import compute_loss
 from moe_lab.train.metrics import Metrics, observed
 from moe_lab.train.optimizer import learning_rate_schedule
+from moe_lab.train.ppo import further_epochs, heads_or
 from moe_lab.train.state import TrainState
 from moe_lab.types import Batch
 
@@ -40,18 +42,33 @@ def make_train_step(config: Config, model: Transformer, optimizer: optax.Gradien
   """Returns train_step(state, batch) -> (state, Metrics), jitted; the state's buffers are donated."""
   schedule, router = learning_rate_schedule(config.train), make_router(config.routing)
 
+  budget = jnp.full(1, config.routing.budget)  # whose price is reported
+
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     grads, metrics = _gradients(state, batch, key, config, model)
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(grad_norm)
 
+    if config.routing.freezes_model:
+      frozen = state.step >= config.routing.warmup_steps
+      grads = heads_or(grads, jax.tree.map(jnp.zeros_like, grads), frozen)
+
     def update(params, opt_state):
       updates, opt_state = optimizer.update(grads, opt_state, params)
       seen = observed(metrics)
       router_state = router.updated_state(state.router_state, seen)
       budget_state = router.updated_budget(state.budget_state, seen, state.step)
-      return optax.apply_updates(params, updates), opt_state, router_state, budget_state
+      new = optax.apply_updates(params, updates)
+      if config.routing.freezes_model:
+        new, opt_state = jax.lax.cond(
+          frozen,
+          lambda new, opt_state: further_epochs(new, opt_state, state, batch, key, config, model, optimizer),
+          lambda new, opt_state: (new, opt_state),
+          heads_or(new, params, frozen),
+          opt_state,
+        )
+      return new, opt_state, router_state, budget_state
 
     def skip(params, opt_state):
       return params, opt_state, state.router_state, state.budget_state
@@ -67,7 +84,7 @@ def make_train_step(config: Config, model: Transformer, optimizer: optax.Gradien
       steps=jnp.ones(()),
       skipped=1.0 - finite,
       grad_norm=grad_norm,
-      price=budget_control.price(state.budget_state, config.routing),
+      price=budget_table.at(budget_control.price(state.budget_state, config.routing), budget, config.routing).mean(),
       learning_rate=schedule(state.step),
     )
     return new, metrics

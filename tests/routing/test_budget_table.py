@@ -56,3 +56,19 @@ def test_budgets_are_uniform_in_log():
 def test_ranges_that_do_not_fit_are_refused(fields, line):
   with pytest.raises(ConfigError, match=line):
     RoutingConfig(**fields)
+
+
+@pytest.mark.parametrize(
+  "fields, budgets",
+  [
+    (dict(), (1, 8)),  # the policy's prior follows any budget
+    (dict(budget_range=(1.5, 4.0)), (1.5, 4)),
+    (dict(method="topk", k=3), (3, 3)),
+    (dict(method="random_k", k_max=2, count_shares=(0.5, 0.5), budget=1.5), (1.5, 1.5)),
+    (dict(method="null_experts"), (2, 2)),  # a threshold was steered to one
+    (dict(method="null_experts", budget_range=(1.0, 4.0)), (1, 4)),
+    (dict(method="sequence_topk", k_min=0), (1, 8)),
+  ],
+)
+def test_what_a_trained_model_can_be_asked_for(fields, budgets):
+  assert RoutingConfig(**fields).budgets == budgets

@@ -11,7 +11,7 @@ from moe_lab.routing import budget as budget_control
 from moe_lab.routing.base import Assignment, PolicyTerms
 from moe_lab.routing.dropout import dropped_experts
 from moe_lab.routing.dynamic import with_soft_count
-from moe_lab.routing.learner import Rollouts, lesson
+from moe_lab.routing.learner import Rollouts, clipped_lesson, lesson
 from moe_lab.routing.policy_gradient import credited_loss, leave_one_out_advantage, policy_losses
 
 
@@ -156,6 +156,26 @@ def test_what_each_baseline_takes_for_advantage(baseline, advantage, decisions):
   assert taught.advantage_square == pytest.approx(sum(a**2 for a in advantage))
   if baseline == "value":
     assert taught.losses["value"] == pytest.approx((4 + 1 + 16 + 4 + 1) / 5)
+
+
+def test_ppo_by_hand():
+  # Advantages in units of the scale: value 3 minus losses 1 and 5, over 0.5: 4 and -4. Ratios e^0.3 = 1.35 and
+  # e^-0.3 = 0.741, both beyond the clip: the first is held at 1.2 * 4, the second at 0.8 * -4: -mean = -0.8.
+  credit_BL, zero = jnp.asarray([[1.0], [5.0]]), jnp.zeros((1, 2))
+  old = PolicyTerms(zero - 1.0, zero + 2.0, zero + 99.0, zero, zero + 3.0)
+  config = RoutingConfig(baseline="ppo")
+  state = budget_control.initial_budget_state(config)._replace(scale=jnp.asarray(0.5))
+
+  def loss(log_prob_ZT, value_ZT):
+    terms = old._replace(log_prob_T=log_prob_ZT, value_T=value_ZT)
+    return clipped_lesson(terms, old, rollouts_of(credit_BL, 0), state, config)
+
+  moved = jnp.asarray([[-0.7, -1.3]])
+  # The value head's squared errors are 4 and 4; the price is 0 at the budget.
+  assert loss(moved, zero + 3.0) == pytest.approx(4 - (1.2 * 4 - 0.8 * 4) / 2, rel=1e-5)
+  assert not jax.grad(loss)(moved, zero + 3.0).any()  # beyond the clip nothing is to be gained
+  # At ratio one it is REINFORCE: minus the advantage, over two tokens.
+  np.testing.assert_allclose(jax.grad(loss)(old.log_prob_T, zero + 3.0), [[-2.0, 2.0]], rtol=1e-5)
 
 
 def test_straight_through_lets_the_loss_reach_the_count():

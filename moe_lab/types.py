@@ -11,6 +11,7 @@ einsum (`"TD,DF->TF"`) and in a docstring.
   F  expert hidden width          H  head width
   K  expert slots per token       C  capacity of an expert, in rows
   R  routed rows                  Z  layers
+  U  null experts                 J  budgets of a table (`routing/budget_table.py`)
   P  sequences rolled out twice   A  counts a policy chooses from: k_max - k_min + 1
 """
 

@@ -6,6 +6,7 @@ from moe_lab.evaluate.flops import forward_flops_per_token
 from moe_lab.evaluate.passage import passage
 from moe_lab.evaluate.perplexity import EvalStep, evaluate
 from moe_lab.routing.base import RouterState
+from moe_lab.routing.registry import make_router
 
 SHORT = {"train": "train", "validation": "val", "test": "test"}  # of a split's name, in the keys of a report
 
@@ -25,10 +26,10 @@ def held_out_report(
   Returns:
     The record of evaluation.json: val_loss, test_loss and their bits per byte;
     all else (mean_experts, by_class, k_histogram, load, passage,
-    flops_per_token) is of the last split named, which is given as "split".
+    flops_per_token, causal) is of the last split named, which is given as "split".
   """
   if budget is None:
-    budget = config.routing.budget if config.routing.method == "dynamic" else float(config.routing.k)
+    budget = config.routing.mean_count
   report, batch_size = {}, config.train.batch_size
   for split in splits:
     result = evaluate(
@@ -48,5 +49,7 @@ def held_out_report(
   # Documents are shorter than rows as often as not; half a row is the fair guess, and exact for a full one.
   report["flops_per_token"] = forward_flops_per_token(config, report["mean_experts"], config.data.seq_len / 2)["total"]
   report["budget"] = budget
+  # A choice of experts that sees later tokens has seen the targets: its loss is not to be compared with the others'.
+  report["causal"] = make_router(config.routing).causal
   report["passage"] = passage(eval_step, params, router_state, data, splits[-1], batch_size, budget)
   return report

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_lab.config.schema import Config
+from moe_lab.errors import UserError
 from moe_lab.infer.cache import empty_cache
 from moe_lab.infer.sampling import sample
 from moe_lab.nn.transformer import Transformer, head, unstack_layers
 from moe_lab.routing.base import RouterState
+from moe_lab.routing.registry import make_router
 
 MIN_LENGTH = 64  # cache lengths are powers of two from here, so that few are ever compiled
 
@@ -34,7 +36,16 @@ class Generator:
   """Generates from fixed parameters; each cache length is compiled once."""
 
   def __init__(self, config: Config, params, router_state: RouterState):
-    """Args: config: of the model; params: its; router_state: with the greedy rule's calibration."""
+    """Args: config: of the model; params: its; router_state: with the greedy rule's calibration.
+
+    Raises:
+      UserError: the routing method is not causal.
+    """
+    if not make_router(config.routing).causal:
+      raise UserError(
+        f"routing.method={config.routing.method} cannot decode: its choice of experts sees later tokens; "
+        "wanted a causal method"
+      )
     self._config, self._params, self._router_state = config, unstack_layers(params), router_state
     self._model = Transformer(config, unrolled=True)
     self._advance = jax.jit(self._forward, donate_argnums=2)

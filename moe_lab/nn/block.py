@@ -30,12 +30,14 @@ class SharedInputs(NamedTuple):
     offset: int32 [], position of the first token.
     budget_B: float32, the mean count asked for.
     embedding_BLD: input embeddings, without gradient.
+    greedy_B: bool, sequences whose counts are the inference rule's although there is a key; None: no such.
   """
 
   segment_BL: jax.Array
   offset: jax.Array
   budget_B: jax.Array
   embedding_BLD: jax.Array
+  greedy_B: jax.Array | None = None
 
 
 class Block(nn.Module):
@@ -62,13 +64,19 @@ class Block(nn.Module):
       return x_BLD + MLP(self.model.dense_dim, out_scale, name="mlp")(normed_BLD), (None, cache)
 
     batch, length, dim = x_BLD.shape
+
+    def per_token(value_B):
+      return value_B.repeat(length, total_repeat_length=batch * length)
+
     context = RouterContext(
       mask_T=(shared.segment_BL != 0).reshape(-1),
-      budget_T=shared.budget_B.repeat(length, total_repeat_length=batch * length),
+      budget_T=per_token(shared.budget_B),
       embedding_TD=shared.embedding_BLD.reshape(-1, dim),
       state=layer.state,
       key=layer.key,
       decisions=layer.decisions,
+      budget_B=shared.budget_B,
+      greedy_T=None if shared.greedy_B is None else per_token(shared.greedy_B),
     )
     moe = MoE(self.model, self.routing, out_scale, self.mesh, name="moe")
     y_TD, stats = moe(normed_BLD.reshape(-1, dim), context)

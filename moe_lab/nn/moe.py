@@ -12,6 +12,7 @@ from moe_lab.nn.mlp import MLP
 from moe_lab.ops.grouped_mlp import ExpertWeights
 from moe_lab.routing.base import RouterContext, RouterStats
 from moe_lab.routing.dispatch import dispatch, experts_backend
+from moe_lab.routing.dropout import jittered, scattered
 from moe_lab.routing.registry import make_router
 from moe_lab.sharding.expert import expert_parallel, platform, splits
 
@@ -39,7 +40,8 @@ class MoE(nn.Module):
       name: self.param(name, scaled_normal(std), shape, jnp.float32)
       for name, (shape, std) in router.parameters(model).items()
     }
-    assignment, stats = router(parameters, x_TD, context)
+    assignment, stats = router(parameters, jittered(x_TD, routing.router_jitter, context), context)
+    assignment = scattered(assignment, num_experts, routing.gating_dropout, context)
 
     weights = ExpertWeights(
       gate_EDF=self.param("gate_EDF", scaled_normal(dim**-0.5), (num_experts, dim, hidden), jnp.float32),
@@ -54,10 +56,11 @@ class MoE(nn.Module):
       y_TD = expert_parallel(x_TD, assignment, weights, self.mesh, grouped_matmul=model.grouped_matmul)
       dropped = jnp.zeros(())
     else:
-      mean_count = routing.k if routing.method == "topk" else routing.budget
-      capacity = math.ceil(model.capacity_factor * x_TD.shape[0] * mean_count / num_experts)
       experts = experts_backend(model.grouped_matmul, platform(self.mesh))
+      capacity = math.ceil(model.capacity_factor * x_TD.shape[0] * routing.mean_count / num_experts)
       y_TD, dropped = dispatch(x_TD, assignment, weights, backend=backend, capacity=capacity, experts=experts)
+    if assignment.identity_T is not None:
+      y_TD += assignment.identity_T[:, None].astype(x_TD.dtype) * x_TD
     if model.num_shared_experts:
       # One MLP of the joint width is the same function as so many experts that every token takes.
       y_TD += MLP(model.num_shared_experts * hidden, self.out_scale, name="shared")(x_TD)

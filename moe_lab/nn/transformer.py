@@ -64,6 +64,7 @@ class Transformer(nn.Module):
     *,
     key: jax.Array | None = None,
     decisions: Decisions = Decisions(),
+    greedy_B: jax.Array | None = None,
     cache: KVCache | None = None,
     offset: jax.Array | int = 0,
   ) -> Output:
@@ -76,6 +77,7 @@ class Transformer(nn.Module):
       router_state: [Z, ...] over the mixture-of-experts layers.
       key: randomness of training; None: inference, counts by the greedy rule.
       decisions: [Z, T...] choices to replay.
+      greedy_B: bool, sequences whose counts are by the greedy rule although there is a key; None: no such.
       cache: keys and values of earlier tokens; the new ones go to `offset`.
       offset: position of the first token.
     """
@@ -85,7 +87,7 @@ class Transformer(nn.Module):
     )
     # The embedding is the head too, where variance 1/D is right; as input it wants variance 1.
     x_BLD = (embedding_VD[token_BL] * config.dim**0.5).astype(config.dtype)
-    shared = SharedInputs(segment_BL, jnp.asarray(offset, jnp.int32), budget_B, jax.lax.stop_gradient(x_BLD))
+    shared = SharedInputs(segment_BL, jnp.asarray(offset, jnp.int32), budget_B, jax.lax.stop_gradient(x_BLD), greedy_B)
 
     num_dense = config.num_dense_layers
     block = Block

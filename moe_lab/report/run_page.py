@@ -59,12 +59,13 @@ def write_report(workdir: Path) -> Path:
 
 def _head(config: Config, info: dict, train: list[dict], evals: list[dict], final: dict) -> str:
   """Returns the run in a line and its key numbers."""
+  counts = "counts learned" if config.routing.learns_counts else f"counts by {config.routing.method}"
   devices = ", ".join(f"{d.get('count')} × {d.get('kind')}" for d in info.get("devices") or [])
   about = [
     str(info.get("started", ""))[:16].replace("T", " ") + " UTC",
     devices or "device unknown",
     f"{train[-1].get('step') if train else 0} of {config.train.steps} steps",
-    "counts learned" if config.routing.method == "dynamic" else f"{config.routing.k} experts for every token",
+    f"{config.routing.k} experts for every token" if config.routing.fixed else counts,
   ]
 
   # The bigram beside a loss is of the same split: between splits the losses differ more than between models.

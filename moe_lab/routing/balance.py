@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from moe_lab.routing.base import RouterStats
+
 LOAD_DECAY = 0.95  # of the running load, a step
 
 
@@ -16,6 +18,29 @@ def load_balance_loss(assigned_ZE: jax.Array, prob_sum_ZE: jax.Array, token_coun
   """Switch's loss (arXiv 2101.03961, eq. 4), mean over layers: sum_e load_e * probability_e; 1 when even."""
   probability_ZE = prob_sum_ZE / jnp.maximum(token_count_Z, 1)[:, None]
   return jnp.mean(jnp.sum(jax.lax.stop_gradient(load(assigned_ZE)) * probability_ZE, axis=-1))
+
+
+def sequence_balance_loss(assigned_ZBE: jax.Array, prob_ZBE: jax.Array) -> jax.Array:
+  """As `load_balance_loss`, for each sequence by itself (DeepSeek-V3, arXiv 2412.19437, eq. 17); mean over tokens."""
+  tokens_ZB1 = prob_ZBE.sum(-1, keepdims=True)
+  loss_ZB = jnp.sum(jax.lax.stop_gradient(load(assigned_ZBE)) * prob_ZBE / jnp.maximum(tokens_ZB1, 1e-6), axis=-1)
+  weight_ZB = jax.lax.stop_gradient(tokens_ZB1[..., 0])
+  return jnp.mean((loss_ZB * weight_ZB).sum(-1) / jnp.maximum(weight_ZB.sum(-1), 1e-6))
+
+
+def balance_loss(stats: RouterStats, scope: str, earlier_ZE: jax.Array | float = 0.0) -> jax.Array:
+  """Returns the load-balance loss over what is to be even.
+
+  Args:
+    stats: of a micro-batch, [Z, ...].
+    scope: local (the micro-batch, on all devices) | sequence | global (the step's batch: the load counts the
+      micro-batches before this one too, arXiv 2501.11873).
+    earlier_ZE: rows by expert of the step's earlier micro-batches.
+  """
+  if scope == "sequence":
+    return sequence_balance_loss(stats.sequences.assigned_BE, stats.sequences.prob_BE)
+  assigned_ZE = stats.assigned_E + (earlier_ZE if scope == "global" else 0.0)
+  return load_balance_loss(assigned_ZE, stats.prob_sum_E, stats.token_count)
 
 
 def updated_load(load_ZE: jax.Array, assigned_ZE: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_lab.config.schema import RoutingConfig
+from moe_lab.routing.budget_table import knots, table_shape, targets
 
 INTEGRAL_GAIN = 0.02
 PROPORTIONAL_GAIN = 1.0
@@ -25,8 +26,8 @@ class BudgetState(NamedTuple):
   """The controller's memory; in the checkpoint.
 
   Attributes:
-    integral: [], accumulated pressure.
-    mean: [], running mean of the realised count, in experts.
+    integral: accumulated pressure; this and the mean are a `budget_table`, [] or [J].
+    mean: running mean of the realised count, in experts.
     scale: [], running root mean square of the advantages, in nats; 0 before the first.
   """
 
@@ -37,12 +38,12 @@ class BudgetState(NamedTuple):
 
 def initial_budget_state(config: RoutingConfig) -> BudgetState:
   """Returns the state of an untrained policy, which holds the budget by construction."""
-  return BudgetState(integral=jnp.zeros(()), mean=jnp.asarray(config.budget, jnp.float32), scale=jnp.zeros(()))
+  return BudgetState(integral=jnp.zeros(table_shape(config)), mean=jnp.asarray(knots(config)), scale=jnp.zeros(()))
 
 
 def price(state: BudgetState, config: RoutingConfig) -> jax.Array:
-  """Returns lambda: [], nats per expert."""
-  pressure = state.integral + PROPORTIONAL_GAIN * (state.mean - config.target) / config.target
+  """Returns lambda, nats per expert: a `budget_table`, [] or [J]."""
+  pressure = state.integral + PROPORTIONAL_GAIN * (state.mean - targets(config)) / targets(config)
   raw = pressure * state.scale
   return raw if config.budget_mode == "exactly" else jnp.maximum(raw, config.lambda_min)
 
@@ -56,7 +57,7 @@ def updated_scale(scale: jax.Array, mean_square_advantage: jax.Array) -> jax.Arr
 def updated(state: BudgetState, config: RoutingConfig, mean_count, scale) -> BudgetState:
   """Takes in one step's mean count (experts) and advantage scale (nats)."""
   mean = MEAN_DECAY * state.mean + (1 - MEAN_DECAY) * mean_count
-  integral = state.integral + INTEGRAL_GAIN * (mean - config.target) / config.target
+  integral = state.integral + INTEGRAL_GAIN * (mean - targets(config)) / targets(config)
   if config.budget_mode == "at_most":
     integral = jnp.maximum(integral, 0.0)  # no credit for slack, or a later overrun would be free
   return BudgetState(integral, mean, scale)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_lab.config.schema import RoutingConfig
+from moe_lab.routing.budget_table import targets
 
 SHIFT_RATE = 0.05  # of the greedy calibration, a step
 _STEEPEST = 12.0  # tilt at which the mean is within 1e-5 of k_min or k_max
@@ -49,7 +50,7 @@ def expected_count(log_prob_TA: jax.Array, k_min: int) -> jax.Array:
 
 
 def greedy_count(expected_T: jax.Array, shift: jax.Array, k_min: int, k_max: int) -> jax.Array:
-  """Returns the counts of inference: the expected count plus a shift, rounded.
+  """Returns the counts of inference: the expected count plus a shift ([] or [T]), rounded.
 
   The most likely count would not do: policies whose samples hold the budget
   fall well below it by argmax. The shift is moved in training
@@ -64,7 +65,7 @@ def calibrated_shift(
   """Moves the greedy rule's shift after a step.
 
   Args:
-    shift_Z: of each layer, in experts.
+    shift_Z: of each layer, in experts; with a `budget_table` all three are [Z, J].
     sampled_mean_Z: mean of the counts that were sampled.
     greedy_mean_Z: mean of what the greedy rule gave the same tokens.
     config: its budget mode decides what is wanted.
@@ -76,4 +77,4 @@ def calibrated_shift(
   """
   if config.budget_mode == "exactly":
     return shift_Z + SHIFT_RATE * (sampled_mean_Z - greedy_mean_Z)
-  return jnp.minimum(shift_Z + SHIFT_RATE * (config.target - greedy_mean_Z.mean()), 0.0)
+  return jnp.minimum(shift_Z + SHIFT_RATE * (targets(config) - greedy_mean_Z.mean(0)), 0.0)

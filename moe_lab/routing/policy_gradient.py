@@ -61,9 +61,9 @@ def policy_losses(
     advantage_ZT: in nats (or [T] if it is the same in all layers).
     learns_T: which tokens have an advantage.
     mask_T: which tokens are real.
-    price: lambda, nats per expert.
+    price: lambda, nats per expert; [] or [T].
     scale: size of the advantages, in nats.
-    entropy_floor: nats; each layer's mean entropy is pushed up to it.
+    entropy_floor: nats, [] or [T]; each layer's mean entropy is pushed up to it.
 
   Returns:
     "policy" (sampled) and "price" and "entropy_floor" (exact).
@@ -77,6 +77,6 @@ def policy_losses(
 
   return {
     "policy": -mean(gain_ZT, learns_T).mean(),
-    "price": jax.lax.stop_gradient(price / scale) * mean(terms.expected_count_T, mask_T).mean(),
-    "entropy_floor": jax.nn.relu(entropy_floor - mean(terms.entropy_T, mask_T)).mean(),
+    "price": mean(jax.lax.stop_gradient(price / scale) * terms.expected_count_T, mask_T).mean(),
+    "entropy_floor": jax.nn.relu(mean(entropy_floor - terms.entropy_T, mask_T)).mean(),
   }

@@ -1,4 +1,4 @@
-"""Which experts a token gets, once its count is known."""
+"""Which experts a token gets: the parts that routing methods are put together from."""
 
 import jax
 import jax.numpy as jnp
@@ -12,30 +12,102 @@ def router_logits(x_TD: jax.Array, router_DE: jax.Array) -> jax.Array:
   return jnp.einsum("TD,DE->TE", x_TD.astype(jnp.float32), router_DE)
 
 
-def rank_experts(logits_TE: jax.Array, slots: int, expert_dropout: float, context: RouterContext) -> jax.Array:
-  """Returns expert_TK: each token's best experts in order.
+def take(values_TE: jax.Array, expert_TK: jax.Array) -> jax.Array:
+  """Returns the values of each token's experts."""
+  return jnp.take_along_axis(values_TE, expert_TK, axis=1)
 
-  The order is by logit plus the balance bias (arXiv 2408.15664: the bias decides
-  the choice, never the gate); experts dropped in this step come last.
+
+def in_best_groups(score_TE: jax.Array, num_groups: int, num_kept: int) -> jax.Array:
+  """Returns bool [T, E]: whether an expert is in one of the token's best groups (group-limited routing).
+
+  Neighbouring experts form a group, as they would share a device; a group is as
+  good as the sum of its two best scores (DeepSeek-V3, arXiv 2412.19437, 2.1.2).
   """
-  if context.decisions.expert_TK is not None:
-    return context.decisions.expert_TK
-  score_TE = logits_TE + context.state.bias_E
+  tokens, experts = score_TE.shape
+  grouped = score_TE.reshape(tokens, num_groups, experts // num_groups)
+  value_TG = jax.lax.top_k(grouped, min(2, experts // num_groups))[0].sum(-1)
+  rank_TG = jnp.argsort(jnp.argsort(-value_TG, axis=1), axis=1)
+  return jnp.repeat(rank_TG < num_kept, experts // num_groups, axis=1)
+
+
+def eligible_scores(
+  score_TE: jax.Array, slots: int, expert_dropout: float, context: RouterContext, groups: tuple[int, int] = (1, 1)
+) -> jax.Array:
+  """Returns what the choice goes by: the score plus the balance bias, -inf for experts that are not to be had.
+
+  The bias decides the choice, never the gate (arXiv 2408.15664). Not to be had
+  are experts dropped in this step, and those outside the token's best groups.
+
+  Args:
+    score_TE: larger is better.
+    slots: K.
+    expert_dropout: mean share of experts that are dropped in training.
+    context: of the layer.
+    groups: number of groups, and how many of them are open to a token.
+  """
+  score_TE = jax.lax.stop_gradient(score_TE) + context.state.bias_E
+  if groups[1] < groups[0]:
+    score_TE = jnp.where(in_best_groups(score_TE, *groups), score_TE, -jnp.inf)
   if expert_dropout > 0 and context.key is not None:
     dropped_E = dropped_experts(jax.random.fold_in(context.key, 1), context.state.load_E, expert_dropout, slots)
     score_TE = jnp.where(dropped_E, -jnp.inf, score_TE)
-  return jax.lax.top_k(jax.lax.stop_gradient(score_TE), slots)[1]
+  return score_TE
 
 
-def assign(logits_TE: jax.Array, expert_TK: jax.Array, count_T: jax.Array, mask_T: jax.Array) -> Assignment:
+def best(score_TE: jax.Array, slots: int, context: RouterContext) -> jax.Array:
+  """Returns expert_TK: each token's best experts in order, or those to replay."""
+  if context.decisions.expert_TK is not None:
+    return context.decisions.expert_TK
+  return jax.lax.top_k(score_TE, slots)[1]
+
+
+def rank_experts(
+  logits_TE: jax.Array, slots: int, expert_dropout: float, context: RouterContext, groups: tuple[int, int] = (1, 1)
+) -> jax.Array:
+  """Returns expert_TK: each token's best experts in order, by `eligible_scores`."""
+  return best(eligible_scores(logits_TE, slots, expert_dropout, context, groups), slots, context)
+
+
+def replayed(count_T: jax.Array, context: RouterContext) -> jax.Array:
+  """Returns the counts to replay, if there are any; else `count_T`."""
+  return count_T if context.decisions.count_T is None else context.decisions.count_T
+
+
+def passing_count(score_TK: jax.Array, k_min: int) -> jax.Array:
+  """Returns count_T: how many scores, best first, are above zero; at least `k_min` where so many can be had."""
+  return jnp.maximum((score_TK > 0).sum(-1), k_min)
+
+
+def first_slots(gate_TK: jax.Array, expert_TK: jax.Array, count_T: jax.Array, mask_T: jax.Array) -> Assignment:
+  """Gives each token its first `count_T` experts, with the gates that are given; padding gets none."""
+  valid_TK = (jnp.arange(expert_TK.shape[1]) < count_T[:, None]) & mask_T[:, None]
+  return Assignment(expert_TK, jnp.where(valid_TK, gate_TK, 0.0), valid_TK)
+
+
+def assign(
+  logits_TE: jax.Array, expert_TK: jax.Array, count_T: jax.Array, mask_T: jax.Array, gate: str = "softmax_chosen"
+) -> Assignment:
   """Gives each token its first `count_T` experts.
 
-  The gates are a softmax over all K slots, whatever the count: one more expert
-  adds its part and leaves the others' alone. Renormalising over the chosen
-  rescales every part with the count, and models trained so lost from a fourth
-  expert on (experiments/difficulty/LOG.md). With count K the gates sum to one.
+  The gates do not depend on the count: one more expert adds its part and leaves
+  the others' alone. Renormalising over the chosen rescales every part with the
+  count, and models trained so lost from a fourth expert on
+  (experiments/difficulty/LOG.md).
+
+  Args:
+    logits_TE: of the router.
+    expert_TK: best first.
+    count_T: how many of them.
+    mask_T: False for padding.
+    gate: softmax_chosen (over the K slots; with count K the gates sum to one: Mixtral, arXiv 2401.04088) |
+      softmax_all (over all experts: Switch, arXiv 2101.03961; with one expert the router learns through it) |
+      sigmoid (scores divided by their sum over the K slots: DeepSeek-V3, arXiv 2412.19437).
   """
-  slots = expert_TK.shape[1]
-  valid_TK = (jnp.arange(slots) < count_T[:, None]) & mask_T[:, None]
-  gate_TK = jax.nn.softmax(jnp.take_along_axis(logits_TE, expert_TK, axis=1), axis=-1)
-  return Assignment(expert_TK, jnp.where(valid_TK, gate_TK, 0.0), valid_TK)
+  if gate == "softmax_chosen":
+    gate_TK = jax.nn.softmax(take(logits_TE, expert_TK), axis=-1)
+  elif gate == "softmax_all":
+    gate_TK = take(jax.nn.softmax(logits_TE, axis=-1), expert_TK)
+  else:
+    score_TK = jax.nn.sigmoid(take(logits_TE, expert_TK))
+    gate_TK = score_TK / score_TK.sum(-1, keepdims=True)
+  return first_slots(gate_TK, expert_TK, count_T, mask_T)

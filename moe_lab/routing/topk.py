@@ -2,33 +2,25 @@
 
 The softmax over the chosen with k = 2 is Mixtral (arXiv 2401.04088). With k = 1
 it is the constant one, through which the router learns from its balance losses
-only; Switch (arXiv 2101.03961) scales by the probability over all experts.
+only; Switch (arXiv 2101.03961) is k = 1 with `gate = softmax_all`. DeepSeekMoE
+(arXiv 2401.06066) is small experts and `model.num_shared_experts`, DeepSeek-V3
+(arXiv 2412.19437) that with `gate = sigmoid`, `expert_groups` and a balance bias.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from moe_lab.config.schema import ModelConfig, RoutingConfig
-from moe_lab.routing.base import Assignment, RouterContext, RouterStats, collect_stats
-from moe_lab.routing.selection import assign, rank_experts, router_logits
+from moe_lab.routing.base import Assignment, RouterContext, RouterStats
+from moe_lab.routing.router import Router
+from moe_lab.routing.selection import assign, replayed, router_logits
 
 
-@dataclasses.dataclass(frozen=True)
-class TopK:
+class TopK(Router):
   """The `topk` method; `config.k` experts per token."""
-
-  config: RoutingConfig
-
-  def parameters(self, model: ModelConfig):
-    return {"router_DE": ((model.dim, model.num_experts), model.dim**-0.5)}
 
   def __call__(self, parameters, x_TD: jax.Array, context: RouterContext) -> tuple[Assignment, RouterStats]:
     logits_TE = router_logits(x_TD, parameters["router_DE"])
-    expert_TK = rank_experts(logits_TE, self.config.k, self.config.expert_dropout, context)
-    count_T = jnp.full(x_TD.shape[0], self.config.k)
-    if context.decisions.count_T is not None:
-      count_T = context.decisions.count_T
-    assignment = assign(logits_TE, expert_TK, count_T, context.mask_T)
-    return assignment, collect_stats(logits_TE, assignment, context.mask_T, policy=None)
+    count_T = replayed(jnp.full(x_TD.shape[0], self.config.k), context)
+    expert_TK = self.ranked(logits_TE, context)
+    assignment = assign(logits_TE, expert_TK, count_T, context.mask_T, self.config.gate)
+    return assignment, self.stats(logits_TE, assignment, context)

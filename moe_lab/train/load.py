@@ -48,17 +48,17 @@ class LoadedModel(NamedTuple):
 def checked_budget(config: Config, budget: float | None) -> float:
   """Returns the budget to use; one out of range is the user's mistake."""
   routing = config.routing
-  if routing.method == "topk":
+  if routing.fixed:
     if budget not in (None, routing.k):
       raise UserError(
         f"--budget={budget:g}: the run's method is topk, which always takes config.routing.k = {routing.k}"
       )
     return float(routing.k)
   budget = routing.budget if budget is None else budget
-  if not routing.k_min <= budget <= routing.k_max:
-    raise UserError(
-      f"--budget={budget:g}: wanted a number from {routing.k_min} to {routing.k_max}, what the run was trained for"
-    )
+  low, high = routing.budgets
+  if not low <= budget <= high:
+    wanted = f"{low:g}" if low == high else f"a number from {low:g} to {high:g}"
+    raise UserError(f"--budget={budget:g}: wanted {wanted}, what the run was trained for")
   return budget
 
 

@@ -151,11 +151,11 @@ class _Training:
     record = summarise(metrics)
     seconds = time.monotonic() - started
     self.ledger.add(record, metrics, first)
-    dynamic = self.config.routing.method == "dynamic"
-    budget = self.config.routing.budget if dynamic else None
+    routing = self.config.routing
+    budget = None if routing.fixed else routing.budget
     speed = self.ledger.tokens_per_step * (step - first) / seconds
     record = self._position("train", step) | record | {"tokens_per_second": speed, "budget": budget}
-    if not dynamic:
+    if not routing.learns_counts:
       record = {k: v for k, v in record.items() if k not in ("greedy_experts", "price", "policy_entropy", "advantage")}
     self.writer.write(record)
     self.progress.update(
@@ -181,7 +181,7 @@ class _Training:
       state.params,
       state.router_state,
       self.data.eval_batches("validation", self.config.train.batch_size, self.config.train.eval_batches),
-      routing.budget,
+      routing.mean_count,
       class_names=self.data.class_names,
       slots=routing.slots,
     )
@@ -208,7 +208,7 @@ class _Training:
       "test_bits_per_byte": report["test_bits_per_byte"],
       "bigram_test_loss": report["bigram_test_loss"],
       "budget": report["budget"],
-      "budget_mode": self.config.routing.budget_mode if self.config.routing.method == "dynamic" else None,
+      "budget_mode": self.config.routing.budget_mode if self.config.routing.learns_counts else None,
       "mean_experts": self.ledger.mean_experts,
       "eval_mean_experts": report["val_mean_experts"],
       "tokens_per_second": float(np.median(speeds)) if speeds else None,

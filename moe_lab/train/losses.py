@@ -1,4 +1,6 @@
-"""The training loss: next-token loss, balance, and the count policy's own losses."""
+"""The training loss: next-token loss, balance, the routing method's own losses, and the count policy's."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -6,21 +8,20 @@ import jax.numpy as jnp
 from moe_lab.config.schema import Config
 from moe_lab.nn.transformer import Transformer
 from moe_lab.ops.cross_entropy import weighted_head_loss
-from moe_lab.routing import budget as budget_control
-from moe_lab.routing.balance import load_balance_loss
-from moe_lab.routing.count_policy import budget_log_prior, entropy
-from moe_lab.routing.policy_gradient import credited_loss, leave_one_out_advantage, policy_losses
+from moe_lab.routing.balance import balance_loss
+from moe_lab.routing.budget_table import draw_budgets
+from moe_lab.routing.learner import Rollouts, lesson, twin_rows
+from moe_lab.routing.registry import make_router
 from moe_lab.train.metrics import from_stats
 from moe_lab.train.state import TrainState
 from moe_lab.types import Batch
 
-ENTROPY_FLOOR_WEIGHT = 5.0  # in units of the advantage's scale: stronger than any usual price
+BUDGET_STREAM = 1_000_003  # of the step's key, beside the layers' own
 
 
 def num_twins(config: Config, batch_size: int) -> int:
   """P: how many sequences of a batch are rolled out twice."""
-  pairs = config.routing.method == "dynamic" and config.routing.baseline == "leave_one_out"
-  return round(batch_size * config.routing.second_rollouts) if pairs else 0
+  return round(batch_size * config.routing.second_rollouts) if config.routing.two_rollouts else 0
 
 
 def with_twins(batch: Batch, twins: int) -> Batch:
@@ -28,21 +29,48 @@ def with_twins(batch: Batch, twins: int) -> Batch:
   return Batch(*(jnp.concatenate([rows, rows[:twins]]) for rows in batch))
 
 
-def compute_loss(params, state: TrainState, batch: Batch, key, config: Config, model: Transformer):
-  """Returns the total loss (float32 []) and the `Metrics` of one micro-batch."""
-  routing = config.routing
-  twins = num_twins(config, batch.tokens.shape[0])
-  rows = batch.tokens.shape[0]
-  batch = with_twins(batch, twins)
-  token_BL, target_BL = batch.tokens[:, :-1], batch.tokens[:, 1:]
-  segment_BL = batch.segments[:, :-1]
-  weight_BL = ((segment_BL == batch.segments[:, 1:]) & (segment_BL != 0)).astype(jnp.float32)
+class Inputs(NamedTuple):
+  """A batch as the model reads it, twins included; letters as in `compute_loss`."""
 
-  budget_B = jnp.full(token_BL.shape[0], routing.budget)
-  out = model.apply({"params": params}, token_BL, segment_BL, budget_B, state.router_state, key=key)
+  token_BL: jax.Array
+  target_BL: jax.Array
+  segment_BL: jax.Array
+  weight_BL: jax.Array  # 1 where the prediction counts
+  budget_B: jax.Array
+  greedy_B: jax.Array | None  # rows that take the counts of inference
+  num_twins: int
+
+
+def inputs_of(batch: Batch, key: jax.Array, config: Config) -> Inputs:
+  """Returns what the model reads of a batch; `key` is the step's, and draws the budgets."""
+  rows, twins = batch.tokens.shape[0], num_twins(config, batch.tokens.shape[0])
+  batch = with_twins(batch, twins)
+  segment_BL = batch.segments[:, :-1]
+  budget_B = draw_budgets(jax.random.fold_in(key, BUDGET_STREAM), rows, config.routing)
+  return Inputs(
+    token_BL=batch.tokens[:, :-1],
+    target_BL=batch.tokens[:, 1:],
+    segment_BL=segment_BL,
+    weight_BL=((segment_BL == batch.segments[:, 1:]) & (segment_BL != 0)).astype(jnp.float32),
+    budget_B=jnp.concatenate([budget_B, budget_B[:twins]]),
+    # The baseline "greedy" is a second rollout by the rule of inference.
+    greedy_B=jnp.arange(rows + twins) >= rows if twins and config.routing.baseline == "greedy" else None,
+    num_twins=twins,
+  )
+
+
+def compute_loss(
+  params, state: TrainState, batch: Batch, key, config: Config, model: Transformer, earlier_ZE: jax.Array | float = 0.0
+):
+  """Returns the total loss (float32 []) and the `Metrics` of one micro-batch.
+
+  `earlier_ZE`: rows by expert of the step's micro-batches before this one.
+  """
+  routing = config.routing
+  token_BL, target_BL, segment_BL, weight_BL, budget_B, greedy_B, twins = inputs_of(batch, key, config)
+  out = model.apply({"params": params}, token_BL, segment_BL, budget_B, state.router_state, key=key, greedy_B=greedy_B)
   # A sequence counts once, however often it is rolled out.
-  row_B = jnp.arange(token_BL.shape[0])
-  share_B1 = jnp.where((row_B < twins) | (row_B >= rows), 0.5, 1.0)[:, None]
+  share_B1 = jnp.where(twin_rows(token_BL.shape[0], twins), 0.5, 1.0)[:, None]
   loss_sum, nll_T = weighted_head_loss(
     out.hidden_BLD.reshape(token_BL.size, -1),
     out.head_VD,
@@ -53,35 +81,27 @@ def compute_loss(params, state: TrainState, batch: Batch, key, config: Config, m
   total = loss_sum / jnp.maximum(loss_weight, 1)
 
   stats = out.stats
-  losses, square, count = {}, jnp.zeros(()), jnp.zeros(())
-  losses["load_balance"] = load_balance_loss(stats.assigned_E, stats.prob_sum_E, stats.token_count)
-  losses["router_z"] = jnp.mean(stats.z_sum / jnp.maximum(stats.token_count, 1))
-  total += routing.load_balance_weight * losses["load_balance"] + routing.z_loss_weight * losses["router_z"]
+  router_losses = make_router(routing).losses(stats, state.router_state) | {
+    "load_balance": (
+      balance_loss(stats, routing.balance_scope, earlier_ZE),
+      routing.load_balance_weight,
+    ),
+    "router_z": (jnp.mean(stats.z_sum / jnp.maximum(stats.token_count, 1)), routing.z_loss_weight),
+  }
+  losses = {name: loss for name, (loss, _) in router_losses.items()}
+  total += sum(weight * loss for loss, weight in router_losses.values())
 
+  square, count = jnp.zeros(()), jnp.zeros(())
   if stats.policy is not None:
-    credit_BL = credited_loss(jax.lax.stop_gradient(nll_BL), weight_BL, segment_BL, routing.credit_discount)
-    if routing.baseline == "leave_one_out":
-      advantage_ZT = leave_one_out_advantage(credit_BL, twins).reshape(-1)
-      learns_BL = weight_BL * (share_B1 < 1)
-    else:
-      error_ZT = stats.policy.value_T - credit_BL.reshape(-1)
-      losses["value"] = jnp.sum(jnp.square(error_ZT).mean(0) * weight_BL.reshape(-1)) / jnp.maximum(weight_BL.sum(), 1)
-      total += losses["value"]
-      advantage_ZT, learns_BL = jax.lax.stop_gradient(error_ZT), weight_BL
-    learns_T = learns_BL.reshape(-1)
-    square, count = jnp.sum(jnp.square(advantage_ZT).reshape(-1, learns_T.size).mean(0) * learns_T), learns_T.sum()
-    floor = routing.entropy_floor * entropy(budget_log_prior(budget_B[:1], routing.k_min, routing.k_max))[0]
-    policy = policy_losses(
-      stats.policy,
-      advantage_ZT,
-      learns_T,
-      (segment_BL != 0).reshape(-1),
-      budget_control.price(state.budget_state, routing),
-      state.budget_state.scale,
-      floor,
-    )
-    policy["entropy_floor"] *= ENTROPY_FLOOR_WEIGHT
     learning = state.step >= routing.warmup_steps
-    total += jnp.where(learning, sum(policy.values()), 0.0)
-    losses |= policy
-  return total, from_stats(stats, loss_sum, loss_weight, square, count, losses)
+    rollouts = Rollouts(nll_BL, weight_BL, segment_BL, budget_B, twins)
+    taught = lesson(stats.policy, rollouts, state.budget_state, learning, routing)
+    total += taught.total
+    losses |= taught.losses
+    square, count = taught.advantage_square, taught.advantage_count
+  real_BL = segment_BL != 0
+  drawn_BL = real_BL if greedy_B is None else real_BL & ~greedy_B[:, None]
+  budget_T, drawn_T, mask_T = (
+    jnp.broadcast_to(x, token_BL.shape).reshape(-1).astype(jnp.float32) for x in (budget_B[:, None], drawn_BL, real_BL)
+  )
+  return total, from_stats(stats, budget_T, drawn_T, mask_T, routing, loss_sum, loss_weight, square, count, losses)

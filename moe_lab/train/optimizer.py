@@ -32,8 +32,8 @@ def _labels(params):
 
 
 def _is_matrix(params):
-  """Weight decay is for matrices: not for gains and biases, whose last axis is their only one."""
-  names = ("gain_", "policy_bias", "value_bias")
+  """Weight decay is for matrices: not for gains, biases and thresholds, whose last axis is their only one."""
+  names = ("gain_", "policy_bias", "value_bias", "log_scale", "threshold_E")
   return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.startswith(names), params)
 
 

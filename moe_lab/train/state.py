@@ -8,8 +8,9 @@ import optax
 
 from moe_lab.config.schema import Config
 from moe_lab.nn.transformer import Transformer
-from moe_lab.routing.base import RouterState, initial_router_state
+from moe_lab.routing.base import RouterState
 from moe_lab.routing.budget import BudgetState, initial_budget_state
+from moe_lab.routing.registry import make_router
 
 
 class TrainState(NamedTuple):
@@ -19,7 +20,7 @@ class TrainState(NamedTuple):
     step: int32 [], updates done or skipped; randomness is derived from it.
     params: the model's.
     opt_state: the optimizer's.
-    router_state: balance biases, running loads, greedy calibration, [Z, ...].
+    router_state: balance biases, running loads, greedy calibration, the method's own, [Z, ...].
     budget_state: the budget controller's.
     skipped_in_a_row: int32 [], updates skipped since the last good one.
   """
@@ -35,7 +36,7 @@ class TrainState(NamedTuple):
 def initial_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
   """Returns the state before the first step; deterministic in `config.train.seed`."""
   num_moe_layers = config.model.num_layers - config.model.num_dense_layers
-  router_state = initial_router_state(num_moe_layers, config.model.num_experts)
+  router_state = make_router(config.routing).initial_state(num_moe_layers, config.model.num_experts)
   token_BL = jnp.zeros((1, 8), jnp.int32)
   variables = Transformer(config).init(
     jax.random.key(config.train.seed), token_BL, token_BL + 1, jnp.full(1, config.routing.budget), router_state

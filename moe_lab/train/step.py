@@ -6,14 +6,13 @@ import optax
 
 from moe_lab.config.schema import Config
 from moe_lab.nn.transformer import Transformer
-from moe_lab.routing import balance
 from moe_lab.routing import budget as budget_control
-from moe_lab.routing.base import RouterState
-from moe_lab.routing.budget import BudgetState
-from moe_lab.routing.count_policy import calibrated_shift
+from moe_lab.routing import budget_table
+from moe_lab.routing.registry import make_router
 from moe_lab.train.losses import compute_loss
-from moe_lab.train.metrics import Metrics
+from moe_lab.train.metrics import Metrics, observed
 from moe_lab.train.optimizer import learning_rate_schedule
+from moe_lab.train.ppo import further_epochs, heads_or
 from moe_lab.train.state import TrainState
 from moe_lab.types import Batch
 
@@ -27,7 +26,8 @@ def _gradients(state: TrainState, batch: Batch, key, config: Config, model: Tran
 
   def one(total, inputs):
     part, part_key = inputs
-    return jax.tree.map(jnp.add, total, grad(state.params, state, part, part_key, config, model)), None
+    part = grad(state.params, state, part, part_key, config, model, total[1].assigned_ZE)
+    return jax.tree.map(jnp.add, total, part), None
 
   # Interleaved, so that each micro-batch is a fair sample of a sorted batch.
   split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
@@ -38,31 +38,11 @@ def _gradients(state: TrainState, batch: Batch, key, config: Config, model: Tran
   return jax.tree.map(lambda g: g / parts, grads), metrics
 
 
-def _updated_router(state: TrainState, metrics: Metrics, config: Config) -> tuple[RouterState, BudgetState]:
-  """Balance, greedy calibration and budget control after a step."""
-  router, routing = state.router_state, config.routing
-  count_mean_Z = metrics.count_mean_Z()
-  shift_Z = router.count_shift
-  budget_state = state.budget_state
-  if routing.method == "dynamic":
-    shift_Z = calibrated_shift(shift_Z, count_mean_Z, metrics.greedy_mean_Z(), routing)
-    mean_square = metrics.advantage_square / jnp.maximum(metrics.advantage_count, 1)
-    scale = budget_control.updated_scale(budget_state.scale, mean_square)
-    moved = budget_control.updated(budget_state, routing, count_mean_Z.mean(), scale)
-    # In the warm-up no price could move the counts; integrating then would wind the controller up.
-    learning = state.step >= routing.warmup_steps
-    budget_state = jax.tree.map(
-      lambda new, old: jnp.where(learning, new, old), moved, budget_state._replace(scale=scale)
-    )
-  bias_ZE = router.bias_E
-  if routing.bias_update_rate > 0:
-    bias_ZE = balance.updated_bias(bias_ZE, metrics.assigned_ZE, routing.bias_update_rate)
-  return RouterState(bias_ZE, balance.updated_load(router.load_E, metrics.assigned_ZE), shift_Z), budget_state
-
-
 def make_train_step(config: Config, model: Transformer, optimizer: optax.GradientTransformation):
   """Returns train_step(state, batch) -> (state, Metrics), jitted; the state's buffers are donated."""
-  schedule = learning_rate_schedule(config.train)
+  schedule, router = learning_rate_schedule(config.train), make_router(config.routing)
+
+  budget = jnp.full(1, config.routing.budget)  # whose price is reported
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
@@ -70,10 +50,25 @@ def make_train_step(config: Config, model: Transformer, optimizer: optax.Gradien
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(grad_norm)
 
+    if config.routing.freezes_model:
+      frozen = state.step >= config.routing.warmup_steps
+      grads = heads_or(grads, jax.tree.map(jnp.zeros_like, grads), frozen)
+
     def update(params, opt_state):
       updates, opt_state = optimizer.update(grads, opt_state, params)
-      router_state, budget_state = _updated_router(state, metrics, config)
-      return optax.apply_updates(params, updates), opt_state, router_state, budget_state
+      seen = observed(metrics)
+      router_state = router.updated_state(state.router_state, seen)
+      budget_state = router.updated_budget(state.budget_state, seen, state.step)
+      new = optax.apply_updates(params, updates)
+      if config.routing.freezes_model:
+        new, opt_state = jax.lax.cond(
+          frozen,
+          lambda new, opt_state: further_epochs(new, opt_state, state, batch, key, config, model, optimizer),
+          lambda new, opt_state: (new, opt_state),
+          heads_or(new, params, frozen),
+          opt_state,
+        )
+      return new, opt_state, router_state, budget_state
 
     def skip(params, opt_state):
       return params, opt_state, state.router_state, state.budget_state
@@ -89,7 +84,7 @@ def make_train_step(config: Config, model: Transformer, optimizer: optax.Gradien
       steps=jnp.ones(()),
       skipped=1.0 - finite,
       grad_norm=grad_norm,
-      price=budget_control.price(state.budget_state, config.routing),
+      price=budget_table.at(budget_control.price(state.budget_state, config.routing), budget, config.routing).mean(),
       learning_rate=schedule(state.step),
     )
     return new, metrics

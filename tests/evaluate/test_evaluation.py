@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from moe_lab.config.schema import Config, DataConfig, ModelConfig, RoutingConfig
-from moe_lab.evaluate.controls import fixed_count, shuffled_counts
+from moe_lab.evaluate.controls import (
+  cheapest_for_budget,
+  counts_by_layer,
+  counts_by_token,
+  fixed_count,
+  oracle_counts,
+  shuffled_counts,
+)
 from moe_lab.evaluate.flops import forward_flops_per_token
 from moe_lab.evaluate.perplexity import evaluate, make_eval_step
 from moe_lab.evaluate.removal import loss_rises, without_expert
@@ -98,6 +105,41 @@ def test_loss_without_an_expert(setting):
   assert without["load"][1][3] == 0 and min(without["load"][0]) > 0
   assert without["loss"] - found["loss"] == pytest.approx(rise[1, 3], abs=1e-6)
   assert run(setting)["load"][1][3] > 0 and abs(rise[1, 3]) > 1e-4
+
+
+def test_the_oracles_pick_by_hand():
+  # Counts 1, 2, 4. Token 0 gains 1.0 by the second expert and nothing more, token 1 0.6 by the second and 1.0 by the
+  # next two (0.8 by three: no hull corner at 2), token 2 nothing. Gains per expert: 1.0; 1.6 / 3 = 0.533; 0.
+  nll_AT = np.array([[2.0, 3.0, 1.0], [1.0, 2.4, 1.0], [1.0, 1.4, 1.0]])
+  np.testing.assert_array_equal(cheapest_for_budget(nll_AT, (1, 2, 4), 1.0), [1, 1, 1])
+  np.testing.assert_array_equal(cheapest_for_budget(nll_AT, (1, 2, 4), 4 / 3), [2, 1, 1])
+  np.testing.assert_array_equal(cheapest_for_budget(nll_AT, (1, 2, 4), 7 / 3), [2, 4, 1])
+  np.testing.assert_array_equal(cheapest_for_budget(nll_AT, (1, 2, 4), 4.0), [4, 4, 4])  # paid to spend
+
+
+def test_the_oracle_beats_any_other_counts_of_its_mean():
+  rng = np.random.default_rng(0)
+  nll_AT = rng.normal(size=(3, 500))
+  count_T = cheapest_for_budget(nll_AT, (1, 2, 4), 2.0)
+  assert count_T.mean() == pytest.approx(2.0, abs=2 / 500)
+  loss = nll_AT[np.searchsorted([1, 2, 4], count_T), np.arange(500)].mean()
+  for seed in range(5):
+    shuffled = np.random.default_rng(seed).permutation(count_T)
+    assert loss < nll_AT[np.searchsorted([1, 2, 4], shuffled), np.arange(500)].mean() - 0.3
+
+
+def test_controls_that_know_less_or_more(setting):
+  _, params, state, batches, eval_step = setting
+  own = run(setting)
+  by_layer = run(setting, decide=counts_by_layer(eval_step, params, state, 2.0, batches, seed=0))
+  # 60 to 66 tokens a layer: dithering alone has a standard error of at most 0.5 / 8.
+  np.testing.assert_allclose(by_layer["mean_experts_by_layer"], own["mean_experts_by_layer"], atol=0.2)
+  assert all(np.count_nonzero(row) <= 2 for row in by_layer["k_histogram"])
+  by_token = run(setting, decide=counts_by_token(eval_step, params, state, 2.0, batches, 30, seed=0))
+  np.testing.assert_allclose(by_token["mean_experts_by_layer"], own["mean_experts_by_layer"], atol=0.2)
+  oracle = run(setting, decide=oracle_counts(eval_step, params, state, 2.0, (1, 2, 4)))
+  assert oracle["mean_experts"] == pytest.approx(2.0, abs=0.05)
+  assert oracle["loss"] < run(setting, decide=fixed_count(2, 2))["loss"]
 
 
 def test_flops_by_hand():

@@ -1,5 +1,6 @@
 """A context for a single layer's router."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -16,7 +17,7 @@ def make_context():
       mask_T=jnp.ones(num_tokens, bool),
       budget_T=jnp.full(num_tokens, 2.0),
       embedding_TD=jnp.zeros((num_tokens, dim)),
-      state=type(state)(*(leaf[0] for leaf in state)),
+      state=jax.tree.map(lambda leaf: leaf[0], state),
       key=None,
       decisions=Decisions(),
     )

@@ -8,8 +8,10 @@ import pytest
 from moe_lab.config.schema import RoutingConfig
 from moe_lab.routing import balance
 from moe_lab.routing import budget as budget_control
-from moe_lab.routing.base import PolicyTerms
+from moe_lab.routing.base import Assignment, PolicyTerms
 from moe_lab.routing.dropout import dropped_experts
+from moe_lab.routing.dynamic import with_soft_count
+from moe_lab.routing.learner import Rollouts, clipped_lesson, lesson
 from moe_lab.routing.policy_gradient import credited_loss, leave_one_out_advantage, policy_losses
 
 
@@ -122,6 +124,84 @@ def test_slack_gives_credit_only_where_the_budget_is_met_exactly():
     state = budget_control.updated(budget_control.initial_budget_state(config), config, 1.0, 0.5)
     assert state.mean == pytest.approx(1.8) and state.integral == pytest.approx(integral, abs=1e-8)
     assert budget_control.price(state, config) == pytest.approx(price, rel=1e-5)
+
+
+def rollouts_of(credit_BL, twins):
+  """Rollouts of sequences of one token, so that a token's credit is its loss."""
+  ones = jnp.ones(credit_BL.shape)
+  return Rollouts(credit_BL, ones, ones.astype(jnp.int32), jnp.full(credit_BL.shape[0], 2.0), twins)
+
+
+@pytest.mark.parametrize(
+  "baseline, advantage, decisions",
+  [
+    ("leave_one_out", [4, 0, -4, 0], 4),  # rows 0 and 1 have twins 3 and 4; row 2 is alone
+    ("greedy", [4, 0, 0, 0], 2),  # the twins took the greedy counts, and teach nothing
+    ("none", [-1, -2, -7, -5, -2], 5),
+    ("value", [2, 1, -4, -2, 1], 5),  # the value head says 3 everywhere
+  ],
+)
+def test_what_each_baseline_takes_for_advantage(baseline, advantage, decisions):
+  # The policy loss is minus the mean of advantage * log-probability; log-probabilities 1 10 100 ... tell who taught.
+  credit_BL = jnp.asarray([[1.0], [2.0], [7.0], [5.0], [2.0]])
+  digits, zero = 10.0 ** jnp.arange(5)[None], jnp.zeros((1, 5))
+  terms = PolicyTerms(digits, zero, zero + 99.0, zero, zero + 3.0)
+  config = RoutingConfig(baseline=baseline)
+  state = budget_control.initial_budget_state(config)._replace(scale=jnp.asarray(1.0))
+  taught = lesson(terms, rollouts_of(credit_BL, 2), state, jnp.asarray(True), config)
+  by_row = {"leave_one_out": [0, 1, 3, 4], "greedy": [0, 1, 3, 4]}.get(baseline, range(5))
+  want = -sum(a * 10.0**row for a, row in zip(advantage, by_row, strict=True)) / decisions
+  assert taught.losses["policy"] == pytest.approx(want, rel=1e-5)
+  assert taught.advantage_count == decisions
+  assert taught.advantage_square == pytest.approx(sum(a**2 for a in advantage))
+  if baseline == "value":
+    assert taught.losses["value"] == pytest.approx((4 + 1 + 16 + 4 + 1) / 5)
+
+
+def test_ppo_by_hand():
+  # Advantages in units of the scale: value 3 minus losses 1 and 5, over 0.5: 4 and -4. Ratios e^0.3 = 1.35 and
+  # e^-0.3 = 0.741, both beyond the clip: the first is held at 1.2 * 4, the second at 0.8 * -4: -mean = -0.8.
+  credit_BL, zero = jnp.asarray([[1.0], [5.0]]), jnp.zeros((1, 2))
+  old = PolicyTerms(zero - 1.0, zero + 2.0, zero + 99.0, zero, zero + 3.0)
+  config = RoutingConfig(baseline="ppo")
+  state = budget_control.initial_budget_state(config)._replace(scale=jnp.asarray(0.5))
+
+  def loss(log_prob_ZT, value_ZT):
+    terms = old._replace(log_prob_T=log_prob_ZT, value_T=value_ZT)
+    return clipped_lesson(terms, old, rollouts_of(credit_BL, 0), state, config)
+
+  moved = jnp.asarray([[-0.7, -1.3]])
+  # The value head's squared errors are 4 and 4; the price is 0 at the budget.
+  assert loss(moved, zero + 3.0) == pytest.approx(4 - (1.2 * 4 - 0.8 * 4) / 2, rel=1e-5)
+  assert not jax.grad(loss)(moved, zero + 3.0).any()  # beyond the clip nothing is to be gained
+  # At ratio one it is REINFORCE: minus the advantage, over two tokens.
+  np.testing.assert_allclose(jax.grad(loss)(old.log_prob_T, zero + 3.0), [[-2.0, 2.0]], rtol=1e-5)
+
+
+def test_straight_through_lets_the_loss_reach_the_count():
+  # Counts 1, 2, 3 with relaxed probabilities q: the gate of slot j has the gradient of P(count > j).
+  perturbed_TA = jnp.log(jnp.asarray([[0.5, 0.3, 0.2]]))
+  assignment = Assignment(jnp.asarray([[0, 1, 2]]), jnp.asarray([[0.6, 0.3, 0.0]]), jnp.asarray([[True, True, False]]))
+
+  def worth(perturbed_TA, learning):
+    return with_soft_count(assignment, perturbed_TA, 1, learning).gate_TK @ jnp.asarray([5.0, 7.0, 9.0])
+
+  value, gradient = jax.value_and_grad(lambda x: worth(x, True)[0])(perturbed_TA)
+  assert value == pytest.approx(0.6 * 5 + 0.3 * 7)
+  # P(count > 0) is 1 and constant; P(count > 1) = q2 + q3 = 0.5: its slope by the logits is -q1 / 2, q2 / 2, q3 / 2;
+  # slot 2 was not taken. Times 0.3 * 7.
+  np.testing.assert_allclose(gradient[0], 2.1 * np.array([-0.25, 0.15, 0.1]), rtol=1e-5)
+  assert not jax.grad(lambda x: worth(x, False)[0])(perturbed_TA).any()
+
+
+def test_straight_through_is_priced_in_nats():
+  config = RoutingConfig(baseline="straight_through")
+  state = budget_control.initial_budget_state(config)._replace(scale=jnp.asarray(0.1), integral=jnp.asarray(2.0))
+  terms = PolicyTerms(*(jnp.full((1, 5), x) for x in (0.0, 3.0, 99.0, 0.0)), None)
+  taught = lesson(terms, rollouts_of(jnp.ones((5, 1)), 0), state, jnp.asarray(True), config)
+  assert "policy" not in taught.losses and taught.total == pytest.approx(0.1 * 2.0 * 3.0)
+  mean_square = taught.advantage_square / taught.advantage_count
+  assert budget_control.updated_scale(jnp.zeros(()), mean_square) == pytest.approx(0.1)
 
 
 def test_the_scale_starts_with_the_first_observation():

@@ -120,8 +120,8 @@ class RoutingConfig:
   policy_input: str = "hidden"  # what the count policy reads: hidden | token (the token's embedding only: a control)
   # How the count policy learns. By REINFORCE, with the baseline leave_one_out (two rollouts) | greedy (the second
   # rollout takes the greedy counts) | value (a value head, one rollout) | none; by ppo (a value head; after the warm-up
-  # the model is frozen and each rollout serves several updates); or by straight_through (no sampled reward: a gradient
-  # through relaxed counts).
+  # the model is frozen and each rollout serves several updates); by straight_through (no sampled reward: a gradient
+  # through relaxed counts); or by values: curvature (an expert's worth, from its gate's slope).
   baseline: str = "leave_one_out"
   second_rollouts: float = 0.25  # leave_one_out, greedy: share of a batch's sequences that is rolled out twice
   warmup_steps: int = 200  # steps with counts drawn at random before the policy learns
@@ -153,7 +153,8 @@ class RoutingConfig:
     _check_range("routing.budget", self.budget, self.k_min, self.k_max, open_low=self.k_min == 0)
     _check_choice("routing.budget_mode", self.budget_mode, ("exactly", "at_most"))
     _check_choice("routing.policy_input", self.policy_input, ("hidden", "token"))
-    _check_choice("routing.baseline", self.baseline, (*_TWO_ROLLOUTS, "value", "none", "ppo", "straight_through"))
+    learners = (*_TWO_ROLLOUTS, "value", "none", "ppo", "straight_through", "curvature")
+    _check_choice("routing.baseline", self.baseline, learners)
     _check_range("routing.second_rollouts", self.second_rollouts, 0, 1, open_low=self.baseline in _TWO_ROLLOUTS)
     _check_range("routing.warmup_steps", self.warmup_steps, 0)
     _check_choice("routing.gate", self.gate, ("softmax_chosen", "softmax_all", "sigmoid"))

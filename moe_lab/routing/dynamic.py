@@ -9,7 +9,7 @@ an allocator by PPO on a frozen model.
 import jax
 import jax.numpy as jnp
 
-from moe_lab.config.schema import ModelConfig
+from moe_lab.config.schema import ModelConfig, RoutingConfig
 from moe_lab.routing import budget as budget_control
 from moe_lab.routing.base import (
   Assignment,
@@ -30,9 +30,17 @@ TEMPERATURE = 1.0  # of the relaxed counts
 POLICY_WIDTH = 32  # hidden units of the policy and of the value head
 
 
-def _head(parameters, name: str, features_TD):
+def head(parameters, name: str, features_TD):
+  """Returns a small network's outputs; its parameters are NAME_in, NAME_bias, NAME_out."""
   hidden = jax.nn.silu(features_TD @ parameters[f"{name}_in"] + parameters[f"{name}_bias"])
   return hidden @ parameters[f"{name}_out"]
+
+
+def policy_features(x_TD: jax.Array, context: RouterContext, config: RoutingConfig) -> jax.Array:
+  """Returns what the policy reads: the hidden state (or the token's embedding), without gradient, and the budget."""
+  seen_TD = x_TD if config.policy_input == "hidden" else context.embedding_TD
+  budget_T1 = context.budget_T[:, None] / config.k_max
+  return jnp.concatenate([jax.lax.stop_gradient(seen_TD).astype(jnp.float32), budget_T1], axis=1)
 
 
 def with_soft_count(assignment: Assignment, perturbed_TA: jax.Array, k_min: int, learning: jax.Array) -> Assignment:
@@ -75,12 +83,9 @@ class Dynamic(Router):
     logits_TE = router_logits(x_TD, parameters["router_DE"])
     expert_TK = self.ranked(logits_TE, context)
 
-    seen_TD = x_TD if self.config.policy_input == "hidden" else context.embedding_TD
-    features = jnp.concatenate(
-      [jax.lax.stop_gradient(seen_TD).astype(jnp.float32), context.budget_T[:, None] / k_max], axis=1
-    )
+    features = policy_features(x_TD, context, self.config)
     log_prob_TA = jax.nn.log_softmax(
-      _head(parameters, "policy", features) + budget_log_prior(context.budget_T, k_min, k_max), axis=-1
+      head(parameters, "policy", features) + budget_log_prior(context.budget_T, k_min, k_max), axis=-1
     )
     expected_T = expected_count(log_prob_TA, k_min)
     shift = at(context.state.count_shift, context.budget_T, self.config)
@@ -97,7 +102,7 @@ class Dynamic(Router):
       expected_count_T=expected_T,
       entropy_T=entropy(log_prob_TA),
       greedy_count_T=greedy_T.astype(jnp.float32),
-      value_T=_head(parameters, "value", features)[:, 0] if self.config.baseline in WITH_VALUE_HEAD else None,
+      value_T=head(parameters, "value", features)[:, 0] if self.config.baseline in WITH_VALUE_HEAD else None,
     )
     assignment = assign(logits_TE, expert_TK, count_T, context.mask_T, self.config.gate)
     if self.config.baseline == "straight_through" and context.key is not None:

@@ -1,6 +1,7 @@
 """The routing methods by name."""
 
 from moe_lab.config.schema import RoutingConfig
+from moe_lab.routing.curvature import CurvatureValued
 from moe_lab.routing.dynamic import Dynamic
 from moe_lab.routing.entropy_rule import EntropyRule
 from moe_lab.routing.expert_choice import ExpertChoice
@@ -32,4 +33,6 @@ METHODS = {
 
 def make_router(config: RoutingConfig) -> Router:
   """Returns the router of `config.method`."""
+  if config.learns_counts and config.baseline == "curvature":
+    return CurvatureValued(config)
   return METHODS[config.method](config)

@@ -1,0 +1,146 @@
+"""The count policy by values: what each further expert is worth to a token, learnt from the loss's curvature.
+
+To leave out an expert is to scale its gate by m = 0 instead of 1. To second
+order the loss then rises by half its curvature in m, and where the model is
+calibrated the expected curvature is the expected squared slope: Fisher pruning's
+criterion (arXiv 1801.05787), here for one token's expert and not for a weight.
+The slope of every gate is in the backward pass that training runs anyway. It
+takes in what the expert does to later tokens too, costs no second rollout, and
+needs no baseline: an unpredictable token moves the loss, but the experts
+hardly move its prediction, so its slopes are small.
+
+A head regresses the value from the hidden state. The policy goes on to the next
+expert with a probability that rises with value over price, one price for all
+layers: nats are nats wherever they are spent. Controllers move the price until
+the mean count holds the budget. That is value-based learning of a
+contextual bandit, next to the policy gradients of `learner.py`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_lab.config.schema import ModelConfig
+from moe_lab.routing.base import Assignment, Observed, PolicyTerms, RouterContext, RouterState, RouterStats
+from moe_lab.routing.budget_table import at, knots, table_shape, targets
+from moe_lab.routing.dynamic import POLICY_WIDTH, head, policy_features
+from moe_lab.routing.router import Router
+from moe_lab.routing.selection import assign, replayed, router_logits
+
+START = -7.0  # log of the value before learning, in nats: what an expert is worth to a token in a small model
+SHARPNESS = 4.0  # of the policy: how fast its choice turns with log value, once learnt
+RATE = 0.1  # of the price controllers, per step and relative error
+RATIO_BOUND = 20.0  # of observed over predicted value: squares of slopes have heavy tails
+
+
+@jax.custom_vjp
+def observe_value(gate_TK: jax.Array, log_value_TK: jax.Array, last_TK: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Returns the gates unchanged; in the backward pass their slopes become the targets of `log_value_TK`.
+
+  The slopes exist only there, so that is where the head's gradient is made: of the mean over observed slots
+  of log v + target / v, the negative log-likelihood of a squared normal slope of variance 2 v, whose minimum is
+  v = E[target], whatever its scale. The gates' own gradient passes through.
+
+  Args:
+    gate_TK: float32, of the experts that run.
+    log_value_TK: float32, the head's prediction, in log nats.
+    last_TK: float32, 1 for each token's last expert, the one that the decision was about; others are not observed.
+    tokens: [], whose mean loss it is that has a gradient here.
+  """
+  return gate_TK
+
+
+def _observe_backward(saved, d_gate_TK):
+  gate_TK, log_value_TK, last_TK, tokens = saved
+  target_TK = 0.5 * jnp.square(d_gate_TK * gate_TK * tokens)
+  ratio_TK = jnp.minimum(target_TK * jnp.exp(-log_value_TK), RATIO_BOUND)
+  d_log_value_TK = last_TK * (1 - ratio_TK) / jnp.maximum(last_TK.sum(), 1)
+  return d_gate_TK, d_log_value_TK, None, None
+
+
+observe_value.defvjp(lambda *inputs: (inputs[0], inputs), _observe_backward)
+
+
+def even_odds(budget: np.ndarray, k_min: int, k_max: int) -> np.ndarray:
+  """Returns the log-odds of going on at which the mean count is `budget`, if they are the same at every count."""
+  odds = np.linspace(-12, 12, 4801)
+  going_on = 1 / (1 + np.exp(-odds))
+  mean = k_min + sum(going_on**step for step in range(1, k_max - k_min + 1))
+  return np.interp(budget, mean, odds).astype(np.float32)
+
+
+class CurvatureValued(Router):
+  """The `dynamic` method with `routing.baseline = curvature`."""
+
+  def parameters(self, model: ModelConfig):
+    features, steps = model.dim + 1, self.config.k_max - self.config.k_min
+    return super().parameters(model) | {
+      "policy_in": ((features, POLICY_WIDTH), features**-0.5),
+      "policy_bias": ((POLICY_WIDTH,), 0.0),
+      "policy_out": ((POLICY_WIDTH, steps), 0.0),
+    }
+
+  def __call__(self, parameters, x_TD: jax.Array, context: RouterContext) -> tuple[Assignment, RouterStats]:
+    k_min, k_max, state = self.config.k_min, self.config.k_max, context.state.method
+    logits_TE = router_logits(x_TD, parameters["router_DE"])
+    # S = k_max - k_min experts beyond the first k_min.
+    above_TS = head(parameters, "policy", policy_features(x_TD, context, self.config))
+    known_TS = jax.lax.stop_gradient(above_TS)
+
+    def first_stop(goes_on_TS):
+      return k_min + jnp.cumprod(goes_on_TS.astype(jnp.int32), axis=1).sum(1)
+
+    log_price, odds = (at(state[name], context.budget_T, self.config) for name in ("greedy_log_price", "odds"))
+    greedy_T = count_T = first_stop(known_TS > jnp.reshape(log_price - START, (-1, 1)))
+    sharpness = SHARPNESS * jnp.clip(state["steps"] / max(self.config.warmup_steps, 1) - 1, 0, 1)
+    going_on_TS = jax.nn.sigmoid(sharpness * known_TS + jnp.reshape(odds, (-1, 1)))
+    if context.key is not None:
+      count_T = first_stop(jax.random.uniform(jax.random.fold_in(context.key, 0), going_on_TS.shape) < going_on_TS)
+    count_T = replayed(count_T, context)
+
+    assignment = assign(logits_TE, self.ranked(logits_TE, context), count_T, context.mask_T, self.config.gate)
+    slot_K = jnp.arange(k_max)
+    last_TK = (slot_K == count_T[:, None] - 1) & (slot_K >= k_min) & context.mask_T[:, None]
+    log_value_TK = jnp.pad(START + above_TS, ((0, 0), (k_min, 0)))
+    tokens = jnp.maximum(context.mask_T.sum(), 1).astype(jnp.float32)
+    gate_TK = observe_value(assignment.gate_TK, log_value_TK, last_TK.astype(jnp.float32), tokens)
+
+    policy = self._terms(going_on_TS, count_T, greedy_T)
+    return assignment._replace(gate_TK=gate_TK), self.stats(logits_TE, assignment, context, policy)
+
+  def _terms(self, going_on_TS, count_T, greedy_T) -> PolicyTerms:
+    """What is reported of the policy."""
+    reached_TA = jnp.pad(jnp.cumprod(going_on_TS, axis=1), ((0, 0), (1, 0)), constant_values=1.0)
+    prob_TA = reached_TA - jnp.pad(reached_TA[:, 1:], ((0, 0), (0, 1)))
+    log_prob_TA = jnp.log(jnp.maximum(prob_TA, 1e-30))
+    taken_T = jnp.clip(count_T - self.config.k_min, 0, prob_TA.shape[1] - 1)
+    return PolicyTerms(
+      log_prob_T=jnp.take_along_axis(log_prob_TA, taken_T[:, None], axis=1)[:, 0],
+      expected_count_T=self.config.k_min - 1 + reached_TA.sum(1),
+      entropy_T=-(prob_TA * log_prob_TA).sum(1),
+      greedy_count_T=greedy_T.astype(jnp.float32),
+      value_T=None,
+    )
+
+  def method_state(self, num_layers: int, num_experts: int) -> dict[str, jax.Array]:
+    shape = (num_layers, *table_shape(self.config))
+    odds = even_odds(knots(self.config), self.config.k_min, self.config.k_max)
+    return {
+      "greedy_log_price": jnp.full(shape, START),
+      "odds": jnp.broadcast_to(jnp.asarray(odds), shape) + 0.0,
+      "steps": jnp.zeros(num_layers),
+    }
+
+  def updated_method_state(self, state: RouterState, seen: Observed) -> dict[str, jax.Array]:
+    old = state.method
+
+    def error(mean_Z):  # over all layers: one price
+      return jnp.where(seen.asked > 0, mean_Z.mean(0) / targets(self.config) - 1, 0.0)
+
+    log_price = old["greedy_log_price"] + RATE * error(seen.greedy_mean)
+    odds = old["odds"] - SHARPNESS * RATE * error(seen.count_mean)
+    if self.config.budget_mode == "at_most":
+      least = float(np.log(max(self.config.lambda_min, 1e-12)))
+      log_price = jnp.maximum(log_price, least)
+      odds = jnp.minimum(odds, -SHARPNESS * (least - START))
+    return {"greedy_log_price": log_price, "odds": odds, "steps": old["steps"] + 1}

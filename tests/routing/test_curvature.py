@@ -1,0 +1,119 @@
+"""The value of an expert from its gate's slope: numbers by hand, what learns, and the price."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_lab.config.schema import ModelConfig, RoutingConfig
+from moe_lab.routing.base import Observed
+from moe_lab.routing.curvature import START, CurvatureValued, even_odds, observe_value
+from moe_lab.routing.registry import make_router
+
+CONFIG = RoutingConfig(baseline="curvature", k_max=4, warmup_steps=10)
+
+
+def zeros_of(router, dim):
+  shapes = router.parameters(ModelConfig(dim=dim, num_experts=6))
+  return {name: jnp.zeros(shape) for name, (shape, _) in shapes.items()}
+
+
+def test_the_heads_gradient_by_hand():
+  # Two tokens; the mean loss has slopes 3 and -1 in the last gates 0.5 and 0.25. Scaled to a token's own loss the
+  # slopes in m are 3 * 0.5 * 2 = 3 and -0.5, the targets 4.5 and 0.125. Predicted values are 9 and 0.125: with two
+  # slots observed the gradients are (1 - 0.5) / 2 and 0.
+  gate = jnp.asarray([[0.5, 0.5], [0.75, 0.25]])
+  last = jnp.asarray([[0.0, 1.0], [0.0, 1.0]])
+  log_value = jnp.log(jnp.asarray([[7.0, 9.0], [7.0, 0.125]]))
+  slope = jnp.asarray([[5.0, 3.0], [2.0, -1.0]])
+  got = jax.vjp(observe_value, gate, log_value, last, jnp.asarray(2.0))
+  np.testing.assert_array_equal(got[0], gate)
+  d_gate, d_log_value, _, _ = got[1](slope)
+  np.testing.assert_array_equal(d_gate, slope)
+  np.testing.assert_allclose(d_log_value, [[0, 0.25], [0, 0]], atol=1e-6)
+
+
+def test_the_head_finds_the_rise_of_the_loss_where_an_expert_is_left_out():
+  # A calibrated model: targets are drawn from its own softmax. The mean of half the squared slope over targets is
+  # the divergence that leaving out a small part of the logits causes, exactly so to second order.
+  rng = np.random.default_rng(0)
+  logits, part = rng.normal(size=5), 0.05 * rng.normal(size=5)
+  p = np.exp(logits) / np.exp(logits).sum()
+  slope_of_target = p @ part - part  # d/dm of -log softmax(logits + (m - 1) part)[target] at m = 1
+  without = np.exp(logits - part) / np.exp(logits - part).sum()
+  rise = (p * np.log(p / without)).sum()
+  assert p @ (0.5 * slope_of_target**2) == pytest.approx(rise, rel=0.05)
+
+
+@pytest.mark.parametrize("budget", [1.05, 2.0, 3.5])
+def test_untrained_counts_hold_the_budget(make_context, budget):
+  router = make_router(dataclasses.replace(CONFIG, budget=budget))
+  assert isinstance(router, CurvatureValued)
+  state = jax.tree.map(lambda leaf: leaf[0], router.initial_state(1, 6))
+  parameters = zeros_of(router, 8)
+  context = make_context(4000, 6, key=jax.random.key(0), state=state)
+  _, stats = router(parameters, jnp.ones((4000, 8)), context)
+  assert stats.count_T.mean() == pytest.approx(budget, abs=0.07)
+  np.testing.assert_allclose(stats.policy.expected_count_T, budget, atol=2e-3)
+  # Going on with probability p at each of three counts: 1 + p + p^2 + p^3.
+  p = 1 / (1 + np.exp(-even_odds(np.asarray(budget), 1, 4)))
+  assert 1 + p + p**2 + p**3 == pytest.approx(budget, abs=1e-3)
+
+
+def test_the_greedy_count_is_the_first_value_below_the_price(make_context):
+  router = make_router(CONFIG)
+  # The head reads the hidden state's first three columns off as log values over START: values 2, 1, 3 at a price of
+  # 1.5 stop after the first, since the second is not worth it; the third is never asked.
+  state = jax.tree.map(lambda leaf: leaf[0], router.initial_state(1, 6))
+  state = state._replace(method=state.method | {"greedy_log_price": jnp.asarray(START + 1.5)})
+  above_TS = jnp.asarray([[2.0, 1.0, 3.0], [1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [2.0, 3.0, 1.0]])
+  parameters = zeros_of(router, 3)
+  # silu(30 + x) is x + 30 to float32's precision; the output takes the 30 away through a unit of its own.
+  parameters["policy_in"] = parameters["policy_in"].at[:3, :3].set(jnp.eye(3))
+  parameters["policy_bias"] = parameters["policy_bias"].at[:4].set(30.0)
+  parameters["policy_out"] = parameters["policy_out"].at[:3].set(jnp.eye(3)).at[3].set(-1.0)
+  _, stats = router(parameters, above_TS, make_context(4, 6, dim=3, state=state))
+  np.testing.assert_array_equal(stats.count_T, [2, 1, 4, 3])
+
+
+def test_only_the_head_learns_and_the_trunk_is_left_alone(make_context):
+  router = make_router(CONFIG)
+  model = ModelConfig(dim=8, num_experts=6)
+  keys = iter(jax.random.split(jax.random.key(0), 9))
+  parameters = {n: 0.5 * jax.random.normal(next(keys), s) for n, (s, _) in router.parameters(model).items()}
+  state = jax.tree.map(lambda leaf: leaf[0], router.initial_state(1, 6))
+  context = make_context(50, 6, key=next(keys), state=state)
+  x_TD = jax.random.normal(next(keys), (50, 8))
+
+  def gates(parameters, x_TD):
+    return jnp.sum(jnp.square(router(parameters, x_TD, context)[0].gate_TK))
+
+  def plain(parameters, x_TD):  # the same without the head: its policy is a constant to the gradient
+    frozen = {n: jax.lax.stop_gradient(p) if n.startswith("policy") else p for n, p in parameters.items()}
+    return gates(frozen, x_TD)
+
+  (d, dx), (want, want_dx) = (jax.grad(f, (0, 1))(parameters, x_TD) for f in (gates, plain))
+  np.testing.assert_array_equal(dx, want_dx)
+  np.testing.assert_array_equal(d["router_DE"], want["router_DE"])
+  assert d["policy_in"].any() and d["policy_out"].any()
+
+
+def test_prices_follow_the_error_and_rest_where_nobody_asked():
+  def seen(count, greedy):
+    zero = jnp.zeros(())
+    return Observed(jnp.ones(()), jnp.asarray(count), jnp.asarray(greedy), jnp.zeros((2, 6)), zero, {}, zero)
+
+  router = make_router(CONFIG)
+  state = router.initial_state(2, 6)
+  new = router.updated_method_state(state, seen([3.0, 2.0], [1.0, 1.0]))
+  # Sampled mean 2.5 of 2: an error of a quarter; greedy 1 of 2: minus a half. Layers share one price.
+  np.testing.assert_allclose(new["odds"] - state.method["odds"], [-0.1, -0.1], rtol=1e-4)
+  np.testing.assert_allclose(new["greedy_log_price"], [START - 0.05] * 2, rtol=1e-6)
+  rest = router.updated_method_state(state, seen([3.0, 2.0], [1.0, 1.0])._replace(asked=jnp.zeros(())))
+  np.testing.assert_array_equal(rest["greedy_log_price"], state.method["greedy_log_price"])
+  # As an upper bound the price never falls below the least one.
+  bound = make_router(dataclasses.replace(CONFIG, budget_mode="at_most", lambda_min=0.01))
+  new = bound.updated_method_state(bound.initial_state(2, 6), seen([1.0, 1.0], [1.0, 1.0]))
+  np.testing.assert_allclose(new["greedy_log_price"], np.log(0.01), rtol=1e-6)

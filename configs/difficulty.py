@@ -33,6 +33,7 @@ def get_config(arg=None):
   config.model.num_experts = 8
   config.model.expert_dim = 8
   config.routing.budget = 1.2
+  config.routing.baseline = "leave_one_out"  # as measured in experiments/difficulty/LOG.md
   config.routing.second_rollouts = 0.5
   config.routing.warmup_steps = 400
   config.routing.credit_discount = 0.0

@@ -26,6 +26,8 @@ TUNING_SEEDS, REPORT_SEEDS = (0, 1, 2), (3, 4, 5)
 
 # Published methods that aim at a mean, and the control that draws counts at random: held against ours at each budget.
 AT_A_BUDGET = {"random": "random_k", "top-p-pi": "top_p_pi", "null": "null_experts"}
+# How else the count policy can learn; the default is what measured best.
+LEARNERS = ("leave_one_out", "greedy", "value", "none", "straight_through")
 # The rest of the laboratory: a short run each; where a method has no budget, its own setting decides the mean.
 OTHERS = {
   "top-p": {"routing.method": "top_p"},
@@ -34,7 +36,6 @@ OTHERS = {
   "expert-threshold": {"routing.method": "expert_threshold"},
   "expert-choice": {"routing.method": "expert_choice"},
   "sequence-topk": {"routing.method": "sequence_topk"},
-  "entropy-rule": {"routing.method": "entropy_rule"},
 }
 
 
@@ -51,8 +52,8 @@ def fixed(counts, **notes):
   ]  # fmt: skip
 
 
-def at_budget(name, method, budget, role, **notes):
-  overrides = {"routing.method": method, "routing.budget": float(budget)}
+def at_budget(name, method, budget, role, fields=None, **notes):
+  overrides = {"routing.method": method, "routing.budget": float(budget)} | (fields or {})
   return axis("arm", {f"{name}-{budget}": overrides}, role=role, family=name, budget=str(budget), **notes)
 
 
@@ -61,13 +62,28 @@ def published(budget):
 
 
 def ours(budget, **notes):
-  return at_budget("dynamic", "dynamic", budget, "ours", controls="shuffled,fixed", **notes)
+  return at_budget("dynamic", "dynamic", budget, "ours", controls="shuffled,by_layer,by_token,fixed", **notes)
 
 
-def longer(steps, k=2):
-  """Fixed k with the training compute that ours spends on second rollouts of a quarter of the sequences."""
-  overrides = {"routing.method": "topk", "routing.k": k, "train.steps": round(1.25 * steps)}
-  return axis("arm", {f"topk-{k}-longer": overrides}, role="control", family="fixed k, longer", budget=str(k))
+def simple(budget):
+  """Counts by what is at hand without learning: the router's entropy; and a policy that sees the token's id alone."""
+  by_id = {"routing.policy_input": "token"}
+  return at_budget("entropy-rule", "entropy_rule", budget, "control") + at_budget(
+    "token-policy", "dynamic", budget, "control", by_id
+  )
+
+
+def learners(budget):
+  """The count policy's learners side by side. Those with a second rollout train on a quarter more."""
+  notes = {"role": "other", "budget": str(budget)}
+  fields = {name: {"routing.baseline": name, "routing.budget": float(budget)} for name in LEARNERS}
+  return [run for name, one in fields.items() for run in axis("arm", {name: one}, family=name, **notes)]
+
+
+def conditioned():
+  """Item 3: one checkpoint for every budget."""
+  fields = {"routing.budget_range": (1.0, 6.0)}
+  return at_budget("any-budget", "dynamic", 2, "other", fields, budgets="1,1.5,2,3,4,6")
 
 
 def with_dropout():
@@ -89,14 +105,15 @@ def seeds(numbers):
   return axis("seed", {str(number): {"train.seed": number, "data.seed": number} for number in numbers})
 
 
-def text_arms(steps):
-  """Item 1: fixed k, random k, top-p with the PI controller, null experts and ours, at two experts a token."""
-  return fixed((1, 2, 4), removal="yes") + longer(steps) + published(2) + ours(2, removal="yes")
+def text_arms():
+  """Item 1: fixed k, random k, top-p with the PI controller, null experts, simple rules and ours, at two experts."""
+  return fixed((1, 2, 4), removal="yes") + published(2) + simple(2) + ours(2, removal="yes")
 
 
 def budget_arms():
   """Items 2 to 4, on the tuning corpus: the curve over budgets, and expert dropout."""
-  return [run for budget in (1, 1.5, 3, 4, 6) for run in ours(budget)] + published(3) + with_dropout()
+  curve = [run for budget in (1, 1.5, 3, 4, 6) for run in ours(budget)]
+  return curve + conditioned() + published(3) + with_dropout() + learners(2)
 
 
 DIFFICULTY = {  # as configs/difficulty.py, where each of these is explained
@@ -120,7 +137,7 @@ def get_sweep(arg=None):
     return Sweep(base, product(stdlib, arms, seeds((0, 1))))
   if part == "sizes":
     return Sweep(base, product(stdlib, sizes(base), seeds(TUNING_SEEDS)))
-  arms = text_arms(base.train.steps)
+  arms = text_arms()
   if size == "gpu":
     notes = {"role": "other", "budget": "2"}
     arms += [run for name, fields in OTHERS.items() for run in axis("arm", {name: fields}, family=name, **notes)]

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from moe_lab.evaluate.removal import loss_rises
 from moe_lab.io.files import dump_json, write_text
 from moe_lab.io.writers import read_metrics
 from moe_lab.train.load import LoadedModel, load_model
+from moe_lab.types import Batch
 
 OWN = "own"  # the rule by which a model decides itself
 REMOVAL = "removal"
@@ -43,11 +44,28 @@ class Subject(NamedTuple):
   def num_moe_layers(self) -> int:
     return self.loaded.config.model.num_layers - self.loaded.config.model.num_dense_layers
 
+  def reference(self) -> Iterator[Batch]:
+    """Yields what a control may learn mean counts from: the other held-out split."""
+    other = "test" if self.split == "validation" else "validation"
+    return self.data.eval_batches(other, self.loaded.config.train.batch_size)
+
 
 # By the name that a sweep's note "controls" uses; each gives the `decide` of `perplexity.evaluate`.
 CONTROLS: dict[str, Callable[[Subject], Callable]] = {
   "shuffled": lambda s: controls.shuffled_counts(
     s.eval_step, s.loaded.params, s.loaded.router_state, s.loaded.budget, seed=0
+  ),
+  "by_layer": lambda s: controls.counts_by_layer(
+    s.eval_step, s.loaded.params, s.loaded.router_state, s.loaded.budget, s.reference(), seed=0
+  ),
+  "by_token": lambda s: controls.counts_by_token(
+    s.eval_step,
+    s.loaded.params,
+    s.loaded.router_state,
+    s.loaded.budget,
+    s.reference(),
+    s.loaded.config.data.vocab_size,
+    seed=0,
   ),
   "fixed": lambda s: controls.fixed_count(s.num_moe_layers, round(s.loaded.budget)),
 }

@@ -122,7 +122,7 @@ class RoutingConfig:
   # rollout takes the greedy counts) | value (a value head, one rollout) | none; by ppo (a value head; after the warm-up
   # the model is frozen and each rollout serves several updates); by straight_through (no sampled reward: a gradient
   # through relaxed counts); or by values: curvature (an expert's worth, from its gate's slope).
-  baseline: str = "leave_one_out"
+  baseline: str = "curvature"
   second_rollouts: float = 0.25  # leave_one_out, greedy: share of a batch's sequences that is rolled out twice
   warmup_steps: int = 200  # steps with counts drawn at random before the policy learns
   entropy_floor: float = 0.6  # share of the untrained policy's entropy that the policy's mean entropy is kept above

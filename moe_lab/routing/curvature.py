@@ -28,7 +28,9 @@ from moe_lab.routing.router import Router
 from moe_lab.routing.selection import assign, replayed, router_logits
 
 START = -7.0  # log of the value before learning, in nats: what an expert is worth to a token in a small model
-SHARPNESS = 4.0  # of the policy: how fast its choice turns with log value, once learnt
+# The policy's sharpness is how fast its choice turns with log value: nothing in the warm-up, then growing by so much in
+# each time as long, up to a bound at which what is trained is all but what inference does.
+SHARPENING, SHARPEST = 4.0, 16.0
 RATE = 0.1  # of the price controllers, per step and relative error
 RATIO_BOUND = 20.0  # of observed over predicted value: squares of slopes have heavy tails
 
@@ -92,8 +94,7 @@ class CurvatureValued(Router):
 
     log_price, odds = (at(state[name], context.budget_T, self.config) for name in ("greedy_log_price", "odds"))
     greedy_T = count_T = first_stop(known_TS > jnp.reshape(log_price - START, (-1, 1)))
-    sharpness = SHARPNESS * jnp.clip(state["steps"] / max(self.config.warmup_steps, 1) - 1, 0, 1)
-    going_on_TS = jax.nn.sigmoid(sharpness * known_TS + jnp.reshape(odds, (-1, 1)))
+    going_on_TS = jax.nn.sigmoid(self._sharpness(state["steps"]) * known_TS + jnp.reshape(odds, (-1, 1)))
     if context.key is not None:
       count_T = first_stop(jax.random.uniform(jax.random.fold_in(context.key, 0), going_on_TS.shape) < going_on_TS)
     count_T = replayed(count_T, context)
@@ -107,6 +108,9 @@ class CurvatureValued(Router):
 
     policy = self._terms(going_on_TS, count_T, greedy_T)
     return assignment._replace(gate_TK=gate_TK), self.stats(logits_TE, assignment, context, policy)
+
+  def _sharpness(self, steps: jax.Array) -> jax.Array:
+    return jnp.clip(SHARPENING * (steps / max(self.config.warmup_steps, 1) - 1), 0, SHARPEST)
 
   def _terms(self, going_on_TS, count_T, greedy_T) -> PolicyTerms:
     """What is reported of the policy."""
@@ -138,9 +142,10 @@ class CurvatureValued(Router):
       return jnp.where(seen.asked > 0, mean_Z.mean(0) / targets(self.config) - 1, 0.0)
 
     log_price = old["greedy_log_price"] + RATE * error(seen.greedy_mean)
-    odds = old["odds"] - SHARPNESS * RATE * error(seen.count_mean)
+    sharpness = jnp.maximum(self._sharpness(old["steps"]), 1.0).reshape(-1, *(1,) * (old["odds"].ndim - 1))
+    odds = old["odds"] - sharpness * RATE * error(seen.count_mean)
     if self.config.budget_mode == "at_most":
       least = float(np.log(max(self.config.lambda_min, 1e-12)))
       log_price = jnp.maximum(log_price, least)
-      odds = jnp.minimum(odds, -SHARPNESS * (least - START))
+      odds = jnp.minimum(odds, -sharpness * (least - START))
     return {"greedy_log_price": log_price, "odds": odds, "steps": old["steps"] + 1}

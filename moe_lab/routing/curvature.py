@@ -29,8 +29,9 @@ from moe_lab.routing.selection import assign, replayed, router_logits
 
 START = -7.0  # log of the value before learning, in nats: what an expert is worth to a token in a small model
 # The policy's sharpness is how fast its choice turns with log value: nothing in the warm-up, then growing by so much in
-# each time as long, up to a bound at which what is trained is all but what inference does.
-SHARPENING, SHARPEST = 4.0, 16.0
+# each time as long (and never faster than the controllers follow), up to a bound at which what is trained is all but
+# what inference does.
+SHARPENING, SHARPEST, LEAST_STEPS = 4.0, 16.0, 100
 RATE = 0.1  # of the price controllers, per step and relative error
 RATIO_BOUND = 20.0  # of observed over predicted value: squares of slopes have heavy tails
 
@@ -110,7 +111,8 @@ class CurvatureValued(Router):
     return assignment._replace(gate_TK=gate_TK), self.stats(logits_TE, assignment, context, policy)
 
   def _sharpness(self, steps: jax.Array) -> jax.Array:
-    return jnp.clip(SHARPENING * (steps / max(self.config.warmup_steps, 1) - 1), 0, SHARPEST)
+    warmup = self.config.warmup_steps
+    return jnp.clip(SHARPENING * (steps - warmup) / max(warmup, LEAST_STEPS), 0, SHARPEST)
 
   def _terms(self, going_on_TS, count_T, greedy_T) -> PolicyTerms:
     """What is reported of the policy."""

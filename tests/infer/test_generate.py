@@ -13,7 +13,7 @@ from moe_lab.infer.cache import empty_cache
 from moe_lab.infer.generate import Generator
 from moe_lab.infer.sampling import sample
 from moe_lab.nn.transformer import Transformer
-from moe_lab.routing.base import initial_router_state
+from moe_lab.routing.registry import make_router
 
 VOCAB = 40
 CONFIGS = {
@@ -27,7 +27,7 @@ def make(name):
   model, routing = CONFIGS[name]
   small = dict(dim=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, num_experts=5, expert_dim=6)
   config = Config(ModelConfig(**small | model), routing, DataConfig(vocab_size=VOCAB))
-  state = initial_router_state(config.model.num_layers - config.model.num_dense_layers, 5)
+  state = make_router(config.routing).initial_state(config.model.num_layers - config.model.num_dense_layers, 5)
   token = jnp.ones((1, 4), jnp.int32)
   # Only shapes are asked of `init`: running it would be most of these tests' time.
   shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), token, token, jnp.full(1, 2.0), state)

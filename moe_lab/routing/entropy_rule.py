@@ -11,9 +11,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_lab.routing.base import Assignment, Observed, RouterContext, RouterState, RouterStats
-from moe_lab.routing.budget_table import at
+from moe_lab.routing.budget_table import at, knots
 from moe_lab.routing.router import Router, per_token
 from moe_lab.routing.selection import assign, replayed, router_logits
 from moe_lab.routing.steering import initial_level, steered
@@ -48,7 +49,7 @@ class EntropyRule(Router):
     # Logits of unit variance take about half a nat from the entropy.
     mean = max(math.log(num_experts) - 0.5, 0.1)
     moments = {"entropy": jnp.full(num_layers, mean), "entropy_square": jnp.full(num_layers, mean**2 + 0.02)}
-    return initial_level(self.config, num_layers, math.log(self.config.budget)) | moments
+    return initial_level(self.config, num_layers, np.log(knots(self.config))) | moments
 
   def updated_method_state(self, state: RouterState, seen: Observed) -> dict[str, jax.Array]:
     def moved(name):

@@ -13,10 +13,11 @@ from statistics import NormalDist
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_lab.config.schema import ModelConfig
 from moe_lab.routing.base import Assignment, Observed, RouterContext, RouterState, RouterStats
-from moe_lab.routing.budget_table import at
+from moe_lab.routing.budget_table import at, knots
 from moe_lab.routing.router import Router, per_token
 from moe_lab.routing.selection import best, first_slots, passing_count, replayed, router_logits, take
 from moe_lab.routing.steering import initial_level, steered
@@ -55,8 +56,8 @@ class LearnedThreshold(Router):
 
   def method_state(self, num_layers: int, num_experts: int) -> dict[str, jax.Array]:
     # An untrained router's scores are normal: so many pass that the budget holds.
-    share = min(self.config.budget / num_experts, 0.99)
-    return initial_level(self.config, num_layers, NormalDist().inv_cdf(share))
+    share = np.minimum(knots(self.config) / num_experts, 0.99)
+    return initial_level(self.config, num_layers, np.vectorize(NormalDist().inv_cdf)(share))
 
   def updated_method_state(self, state: RouterState, seen: Observed) -> dict[str, jax.Array]:
     return steered(state.method, seen, self.config)

@@ -9,6 +9,7 @@ DTop-p (arXiv 2512.13996) steers so the threshold of top-p, LongCat-Flash
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_lab.config.schema import RoutingConfig
 from moe_lab.routing.base import Observed
@@ -18,10 +19,10 @@ INTEGRAL_GAIN = 0.05
 PROPORTIONAL_GAIN = 0.2
 
 
-def initial_level(config: RoutingConfig, num_layers: int, start: float = 0.0) -> dict[str, jax.Array]:
-  """Returns the controller's state, [Z] or [Z, J]: "level" is what the method reads."""
-  shape = (num_layers, *table_shape(config))
-  return {"level": jnp.full(shape, start), "level_integral": jnp.full(shape, start)}  # two buffers: both are donated
+def initial_level(config: RoutingConfig, num_layers: int, start: np.ndarray | float = 0.0) -> dict[str, jax.Array]:
+  """Returns the controller's state, [Z] or [Z, J]: "level" is what the method reads; `start` is a `budget_table`."""
+  level = np.broadcast_to(np.float32(start), (num_layers, *table_shape(config)))
+  return {"level": jnp.array(level), "level_integral": jnp.array(level)}  # two buffers: both are donated
 
 
 def steered(

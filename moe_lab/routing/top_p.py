@@ -9,14 +9,13 @@ standardised and scaled by a learned factor, so that one p can mean different
 counts in different layers.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_lab.config.schema import ModelConfig
 from moe_lab.routing.base import Assignment, Observed, RouterContext, RouterState, RouterStats
-from moe_lab.routing.budget_table import at
+from moe_lab.routing.budget_table import at, knots
 from moe_lab.routing.router import Router, per_token
 from moe_lab.routing.selection import best, first_slots, replayed, router_logits, take
 from moe_lab.routing.steering import initial_level, steered
@@ -72,8 +71,8 @@ class TopPSteered(TopP):
 
   def method_state(self, num_layers: int, num_experts: int) -> dict[str, jax.Array]:
     # The best experts of an untrained router have about twice the mean probability.
-    p = min(2 * self.config.budget / num_experts, 0.9)
-    return initial_level(self.config, num_layers, math.log(p / (1 - p)))
+    p = np.minimum(2 * knots(self.config) / num_experts, 0.9)
+    return initial_level(self.config, num_layers, np.log(p / (1 - p)))
 
   def updated_method_state(self, state: RouterState, seen: Observed) -> dict[str, jax.Array]:
     return steered(state.method, seen, self.config, per_layer=False)

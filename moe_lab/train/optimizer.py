@@ -26,7 +26,8 @@ def _labels(params):
 
   def label(path, _):
     name = path[-1].key
-    return "policy" if name.startswith(("policy_", "value_")) else "model"
+    # Attention has a value_DMH, which is no part of a policy.
+    return "policy" if name.startswith("policy_") or name in ("value_in", "value_bias", "value_out") else "model"
 
   return jax.tree_util.tree_map_with_path(label, params)
 

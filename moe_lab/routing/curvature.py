@@ -24,7 +24,7 @@ from moe_lab.config.schema import ModelConfig
 from moe_lab.routing.base import Assignment, Observed, PolicyTerms, RouterContext, RouterState, RouterStats
 from moe_lab.routing.budget_table import at, knots, table_shape, targets
 from moe_lab.routing.dynamic import POLICY_WIDTH, head, policy_features
-from moe_lab.routing.router import Router
+from moe_lab.routing.router import Router, per_token
 from moe_lab.routing.selection import assign, replayed, router_logits
 
 START = -7.0  # log of the value before learning, in nats: what an expert is worth to a token in a small model
@@ -93,9 +93,9 @@ class CurvatureValued(Router):
     def first_stop(goes_on_TS):
       return k_min + jnp.cumprod(goes_on_TS.astype(jnp.int32), axis=1).sum(1)
 
-    log_price, odds = (at(state[name], context.budget_T, self.config) for name in ("greedy_log_price", "odds"))
-    greedy_T = count_T = first_stop(known_TS > jnp.reshape(log_price - START, (-1, 1)))
-    going_on_TS = jax.nn.sigmoid(self._sharpness(state["steps"]) * known_TS + jnp.reshape(odds, (-1, 1)))
+    price, odds = (at(state[name], context.budget_T, self.config).reshape(-1, 1) for name in ("price", "odds"))
+    greedy_T = count_T = first_stop(known_TS - state["level"] > price)
+    going_on_TS = jax.nn.sigmoid(self._sharpness(state["steps"]) * (known_TS - state["level"]) + odds)
     if context.key is not None:
       count_T = first_stop(jax.random.uniform(jax.random.fold_in(context.key, 0), going_on_TS.shape) < going_on_TS)
     count_T = replayed(count_T, context)
@@ -108,7 +108,8 @@ class CurvatureValued(Router):
     gate_TK = observe_value(assignment.gate_TK, log_value_TK, last_TK.astype(jnp.float32), tokens)
 
     policy = self._terms(going_on_TS, count_T, greedy_T)
-    return assignment._replace(gate_TK=gate_TK), self.stats(logits_TE, assignment, context, policy)
+    sums = {"log_value": context.mask_T.astype(jnp.float32) @ known_TS.mean(1)}
+    return assignment._replace(gate_TK=gate_TK), self.stats(logits_TE, assignment, context, policy, sums)
 
   def _sharpness(self, steps: jax.Array) -> jax.Array:
     warmup = self.config.warmup_steps
@@ -131,8 +132,11 @@ class CurvatureValued(Router):
   def method_state(self, num_layers: int, num_experts: int) -> dict[str, jax.Array]:
     shape = (num_layers, *table_shape(self.config))
     odds = even_odds(knots(self.config), self.config.k_min, self.config.k_max)
+    # "level" is the mean log value over START. Prices are over that, since it drifts as the model learns: a controller
+    # that had to follow would lag behind. Layers share all three.
     return {
-      "greedy_log_price": jnp.full(shape, START),
+      "level": jnp.zeros(num_layers),
+      "price": jnp.zeros(shape),
       "odds": jnp.broadcast_to(jnp.asarray(odds), shape) + 0.0,
       "steps": jnp.zeros(num_layers),
     }
@@ -143,11 +147,11 @@ class CurvatureValued(Router):
     def error(mean_Z):  # over all layers: one price
       return jnp.where(seen.asked > 0, mean_Z.mean(0) / targets(self.config) - 1, 0.0)
 
-    log_price = old["greedy_log_price"] + RATE * error(seen.greedy_mean)
-    sharpness = jnp.maximum(self._sharpness(old["steps"]), 1.0).reshape(-1, *(1,) * (old["odds"].ndim - 1))
+    level = per_token(seen.sums["log_value"], seen.token_count).mean() + jnp.zeros_like(old["level"])
+    price = old["price"] + RATE * error(seen.greedy_mean)
+    sharpness = jnp.maximum(self._sharpness(old["steps"]), 1.0).reshape(-1, *(1,) * (price.ndim - 1))
     odds = old["odds"] - sharpness * RATE * error(seen.count_mean)
     if self.config.budget_mode == "at_most":
-      least = float(np.log(max(self.config.lambda_min, 1e-12)))
-      log_price = jnp.maximum(log_price, least)
-      odds = jnp.minimum(odds, -sharpness * (least - START))
-    return {"greedy_log_price": log_price, "odds": odds, "steps": old["steps"] + 1}
+      least = float(np.log(max(self.config.lambda_min, 1e-12))) - START - level.reshape(sharpness.shape)
+      price, odds = jnp.maximum(price, least), jnp.minimum(odds, -sharpness * least)
+    return {"level": level, "price": price, "odds": odds, "steps": old["steps"] + 1}

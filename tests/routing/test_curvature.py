@@ -67,7 +67,7 @@ def test_the_greedy_count_is_the_first_value_below_the_price(make_context):
   # The head reads the hidden state's first three columns off as log values over START: values 2, 1, 3 at a price of
   # 1.5 stop after the first, since the second is not worth it; the third is never asked.
   state = jax.tree.map(lambda leaf: leaf[0], router.initial_state(1, 6))
-  state = state._replace(method=state.method | {"greedy_log_price": jnp.asarray(START + 1.5)})
+  state = state._replace(method=state.method | {"price": jnp.asarray(0.5), "level": jnp.asarray(1.0)})
   above_TS = jnp.asarray([[2.0, 1.0, 3.0], [1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [2.0, 3.0, 1.0]])
   parameters = zeros_of(router, 3)
   # silu(30 + x) is x + 30 to float32's precision; the output takes the 30 away through a unit of its own.
@@ -103,17 +103,20 @@ def test_only_the_head_learns_and_the_trunk_is_left_alone(make_context):
 def test_prices_follow_the_error_and_rest_where_nobody_asked():
   def seen(count, greedy):
     zero = jnp.zeros(())
-    return Observed(jnp.ones(()), jnp.asarray(count), jnp.asarray(greedy), jnp.zeros((2, 6)), zero, {}, zero)
+    sums = {"log_value": jnp.asarray([10.0, 30.0])}  # of ten tokens
+    ten = jnp.asarray(10.0)
+    return Observed(jnp.ones(()), jnp.asarray(count), jnp.asarray(greedy), jnp.zeros((2, 6)), ten, sums, zero)
 
   router = make_router(CONFIG)
   state = router.initial_state(2, 6)
   new = router.updated_method_state(state, seen([3.0, 2.0], [1.0, 1.0]))
   # Sampled mean 2.5 of 2: an error of a quarter, at a rate of 0.1; greedy 1 of 2: minus a half. Layers share one price.
   np.testing.assert_allclose(new["odds"] - state.method["odds"], [-0.025, -0.025], rtol=1e-4)
-  np.testing.assert_allclose(new["greedy_log_price"], [START - 0.05] * 2, rtol=1e-6)
+  np.testing.assert_allclose(new["price"], [-0.05] * 2, rtol=1e-6)
+  np.testing.assert_allclose(new["level"], [2.0] * 2, rtol=1e-6)
   rest = router.updated_method_state(state, seen([3.0, 2.0], [1.0, 1.0])._replace(asked=jnp.zeros(())))
-  np.testing.assert_array_equal(rest["greedy_log_price"], state.method["greedy_log_price"])
+  np.testing.assert_array_equal(rest["price"], state.method["price"])
   # As an upper bound the price never falls below the least one.
   bound = make_router(dataclasses.replace(CONFIG, budget_mode="at_most", lambda_min=0.01))
   new = bound.updated_method_state(bound.initial_state(2, 6), seen([1.0, 1.0], [1.0, 1.0]))
-  np.testing.assert_allclose(new["greedy_log_price"], np.log(0.01), rtol=1e-6)
+  np.testing.assert_allclose(new["price"] + new["level"] + START, np.log(0.01), rtol=1e-6)

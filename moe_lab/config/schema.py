@@ -246,6 +246,8 @@ class RoutingConfig:
     if self.budget_range:
       return self.budget_range
     # A prior or a total follows any budget; a threshold was steered to one.
+    if self.learns_counts and self.baseline == "curvature":  # its price was found for one
+      return self.budget, self.budget
     if self.learns_counts or self.method in ("sequence_topk", "expert_choice"):
       return float(max(self.k_min, 1)), float(self.k_max)
     if self.method == "random_k" and not self.count_shares:

@@ -18,7 +18,7 @@ from moe_lab.evaluate.flops import forward_flops_per_token
 from moe_lab.evaluate.perplexity import evaluate, make_eval_step
 from moe_lab.evaluate.removal import loss_rises, without_expert
 from moe_lab.nn.transformer import Transformer
-from moe_lab.routing.base import initial_router_state
+from moe_lab.routing.registry import make_router
 from moe_lab.types import Batch
 
 CONFIG = Config(
@@ -30,7 +30,7 @@ CONFIG = Config(
 
 @pytest.fixture(scope="module")
 def setting():
-  state, token = initial_router_state(2, 5), jnp.ones((1, 4), jnp.int32)
+  state, token = make_router(CONFIG.routing).initial_state(2, 5), jnp.ones((1, 4), jnp.int32)
   model = Transformer(CONFIG)
   rng = np.random.default_rng(0)
   # Random, the policy too: counts differ from token to token. Only shapes are asked of `init`, which is slow to run.
@@ -138,18 +138,18 @@ def test_controls_that_know_less_or_more(setting):
   by_token = run(setting, decide=counts_by_token(eval_step, params, state, 2.0, batches, 30, seed=0))
   np.testing.assert_allclose(by_token["mean_experts_by_layer"], own["mean_experts_by_layer"], atol=0.2)
   oracle = run(setting, decide=oracle_counts(eval_step, params, state, 2.0, (1, 2, 4)))
-  assert oracle["mean_experts"] == pytest.approx(2.0, abs=0.05)
+  assert oracle["mean_experts"] == pytest.approx(2.0, abs=0.1)  # a step is up to 3 experts, of some 30 tokens a batch
   assert oracle["loss"] < run(setting, decide=fixed_count(2, 2))["loss"]
 
 
 def test_flops_by_hand():
   # D 16, H 8, N 2, M 1: projections 2 * 16 * (2 * 2 + 2 * 1) * 8 = 1536 a layer; scores 4 * 2 * 8 * 10 = 640 a layer;
   # experts 6 * 16 * 6 * 1.5 = 864 a layer; head 2 * 16 * 30 = 960; router 2 * 16 * 5 = 160 and the policy's heads
-  # 2 * (17 * 32 + 32 * 4) = 1344 a layer.
+  # 2 * (17 * 32 + 32 * 3) = 1280 a layer: it values the second to the fourth expert.
   flops = forward_flops_per_token(CONFIG, mean_experts=1.5, mean_context=10)
   assert flops == {
-    "attention_projections": 3072, "attention_scores": 1280, "router": 2 * (160 + 1344), "experts": 1728,
-    "dense_mlp": 0, "head": 960, "total": 3072 + 1280 + 3008 + 1728 + 960,
+    "attention_projections": 3072, "attention_scores": 1280, "router": 2 * (160 + 1280), "experts": 1728,
+    "dense_mlp": 0, "head": 960, "total": 3072 + 1280 + 2880 + 1728 + 960,
   }  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def test_flops_are_near_the_compilers_count():
     token,
     token,
     jax.ShapeDtypeStruct((2,), jnp.float32),
-    jax.eval_shape(lambda: initial_router_state(1, 4)),
+    jax.eval_shape(lambda: make_router(config.routing).initial_state(1, 4)),
   )
   variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), *arguments)
   logits = jax.jit(lambda *a: Transformer(config).apply(*a).logits_BLV)

@@ -24,7 +24,7 @@ def test_every_token_takes_every_shared_expert():
     mask_T=jnp.arange(tokens) < 9,
     budget_T=jnp.full(tokens, 2.0),
     embedding_TD=jnp.zeros((tokens, 8)),
-    state=RouterState(jnp.zeros(4), jnp.ones(4), jnp.zeros(())),
+    state=RouterState(jnp.zeros(4), jnp.ones(4), jnp.zeros(()), {}),
     key=None,
     decisions=Decisions(),
   )

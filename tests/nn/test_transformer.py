@@ -12,7 +12,8 @@ from moe_lab.config.schema import Config, DataConfig, ModelConfig, RoutingConfig
 from moe_lab.nn.attention import QKNorm
 from moe_lab.nn.block import Block, LayerInputs, SharedInputs
 from moe_lab.nn.transformer import Transformer
-from moe_lab.routing.base import Decisions, initial_router_state
+from moe_lab.routing.base import Decisions
+from moe_lab.routing.registry import make_router
 
 VOCAB, LENGTH = 40, 19
 SMALL = dict(dim=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, num_experts=5, expert_dim=6, dense_dim=12)
@@ -35,7 +36,7 @@ def moe_layers(config):
 def parameters(config):
   """Random, the zeros too: counts must differ from token to token for these tests to say something."""
   token = jnp.ones((1, 4), jnp.int32)
-  state = initial_router_state(moe_layers(config), config.model.num_experts)
+  state = make_router(config.routing).initial_state(moe_layers(config), config.model.num_experts)
   shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), token, token, jnp.full(1, 2.0), state)
   rng = np.random.default_rng(0)
   # Only shapes are asked of `init`: running it would be most of these tests' time.
@@ -50,7 +51,7 @@ def jitted(config):
 def forward(config, variables, tokens, segments=None, **arguments):
   tokens = jnp.asarray(tokens, jnp.int32)
   segments = jnp.ones_like(tokens) if segments is None else jnp.asarray(segments, jnp.int32)
-  state = initial_router_state(moe_layers(config), config.model.num_experts)
+  state = make_router(config.routing).initial_state(moe_layers(config), config.model.num_experts)
   return jitted(config)(variables, tokens, segments, jnp.full(len(tokens), 2.0), state, **arguments)
 
 
@@ -122,7 +123,7 @@ def test_scan_equals_the_layers_one_by_one():
   p = variables["params"]
   x = p["embedding_VD"][tokens] * config.model.dim**0.5
   shared = SharedInputs(jnp.ones_like(tokens), jnp.zeros((), jnp.int32), jnp.full(2, 2.0), x)
-  state = initial_router_state(3, 5)
+  state = make_router(config.routing).initial_state(3, 5)
   block = jax.jit(Block(config.model, config.routing, True).apply)
   for layer in range(3):
     one = jax.tree.map(lambda leaf: leaf[layer], (p["moe_layers"], state))  # noqa: B023

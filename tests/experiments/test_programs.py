@@ -109,7 +109,7 @@ TEXT = ("--config.data.sources=text:text", "--workdir=new")
     ("evaluate", ("--workdir=runn",), ("runn", "run")),
     ("evaluate", ("--workdir=run", "--step=5"), ("step 5", "6")),
     ("evaluate", ("--workdir=run", "--split=tset"), ("tset", "test")),
-    ("evaluate", ("--workdir=run", "--budget=17"), ("--budget=17", "4")),
+    ("evaluate", ("--workdir=run", "--budget=17"), ("--budget=17", "wanted 2")),
     ("generate", ("--workdir=run", "--bugdet=2"), ("bugdet", "budget")),
     ("report", ("--workdir=nowhere",), ("nowhere",)),
     ("benchmark", (), ("benchmark", "train_step", "decode")),

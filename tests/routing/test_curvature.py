@@ -110,10 +110,11 @@ def test_prices_follow_the_error_and_rest_where_nobody_asked():
   router = make_router(CONFIG)
   state = router.initial_state(2, 6)
   new = router.updated_method_state(state, seen([3.0, 2.0], [1.0, 1.0]))
-  # Sampled mean 2.5 of 2: an error of a quarter, at a rate of 0.1; greedy 1 of 2: minus a half. Layers share one price.
-  np.testing.assert_allclose(new["odds"] - state.method["odds"], [-0.025, -0.025], rtol=1e-4)
-  np.testing.assert_allclose(new["price"], [-0.05] * 2, rtol=1e-6)
-  np.testing.assert_allclose(new["level"], [2.0] * 2, rtol=1e-6)
+  # Sampled mean 2.5 of 2: an error of a quarter, at a rate of 0.3 times a sharpness of 4; greedy 1 of 2: minus a
+  # half. Layers share one price.
+  np.testing.assert_allclose(new["odds"] - state.method["odds"], [-0.3, -0.3], rtol=1e-4)
+  np.testing.assert_allclose(new["price"], [-0.15] * 2, rtol=1e-6)
+  np.testing.assert_allclose(new["level"], [0.2] * 2, rtol=1e-6)
   rest = router.updated_method_state(state, seen([3.0, 2.0], [1.0, 1.0])._replace(asked=jnp.zeros(())))
   np.testing.assert_array_equal(rest["price"], state.method["price"])
   # As an upper bound the price never falls below the least one.

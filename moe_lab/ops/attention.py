@@ -28,29 +28,20 @@ def reference_attention(q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS,
   return rearrange(out, "B L M G H -> B L (M G) H").astype(q_BLNH.dtype)
 
 
-def _float32(*arrays):
-  return [a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in arrays]
-
-
-def _shapes(*arrays):
-  return [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in arrays]
-
-
 def native_forward(*inputs):
   """As `blocked_forward`, by the CPU kernel, in float32."""
   native.register()
   q_BLNH = inputs[0]
   batch, length, heads, _ = q_BLNH.shape
-  log_denominator = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
-  call = native.call("attention_forward", *_shapes(q_BLNH), log_denominator)
-  out_BLNH, log_denominator_BNL = call(*_float32(*inputs))
+  shapes = q_BLNH.shape, (batch, heads, length)
+  out_BLNH, log_denominator_BNL = native.call("attention_forward", shapes, *inputs)
   return out_BLNH.astype(q_BLNH.dtype), log_denominator_BNL
 
 
 def native_backward(*inputs_and_outputs):
   """As `blocked_backward`."""
-  call = native.call("attention_backward", *_shapes(*inputs_and_outputs[:3]))
-  gradients = call(*_float32(*inputs_and_outputs))
+  shapes = [x.shape for x in inputs_and_outputs[:3]]
+  gradients = native.call("attention_backward", shapes, *inputs_and_outputs)
   return tuple(d.astype(x.dtype) for d, x in zip(gradients, inputs_and_outputs, strict=False))
 
 

@@ -16,9 +16,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 
 from moe_lab.config.program import cache_dir
@@ -54,9 +56,20 @@ def register() -> None:
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
 
 
-def call(target: str, *results: jax.ShapeDtypeStruct):
-  """Returns the kernel as a function of arrays that returns arrays like `results`."""
-  return jax.ffi.ffi_call(f"moe_lab_{target}", results, vmap_method="sequential")
+def call(target: str, shapes: Sequence[tuple[int, ...]], *arrays: jax.Array) -> list[jax.Array]:
+  """Calls a kernel; they all compute in float32.
+
+  Args:
+    target: one of `TARGETS`; registered.
+    shapes: of the results.
+    arrays: the arguments; those of another floating type are cast.
+
+  Returns:
+    The results, float32.
+  """
+  results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  arrays = [a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in arrays]
+  return jax.ffi.ffi_call(f"moe_lab_{target}", results, vmap_method="sequential")(*arrays)
 
 
 def _compiler() -> str:

@@ -24,6 +24,11 @@ class ConfigError(UserError):
   def __init__(self, field: str, got: object, wanted: str):
     super().__init__(f"config.{field} = {got!r}: wanted {wanted}")
     self.field = field
+    self._parts = (field, got, wanted)
+
+  def __reduce__(self):
+    # An exception is pickled by the message alone, and could not be made again from it in another process.
+    return type(self), self._parts
 
 
 class RunError(UserError):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.routing_study.measure import OWN
 from moe_lab.errors import UserError
 from moe_lab.io.files import dump_json, write_text
 from moe_lab.report.numbers import number, plus_minus, scaled
@@ -38,6 +39,14 @@ def summary(study: dict) -> dict:
     "alarms": sum(len(row["alarms"]) for row in study["arms"]),
     "page": f"study-{study['split']}.html",
   }
+
+
+def line(record: dict) -> str:
+  """Returns a run's own result in a few words."""
+  if record["failed"]:
+    return f"failed: {record['failed']}"
+  own = record["rules"][OWN]
+  return f"loss {own['loss']:.4f}, {own['mean_experts']:.2f} experts, trained in {record['training']['seconds']:.0f} s"
 
 
 def text(study: dict) -> str:

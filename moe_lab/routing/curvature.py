@@ -9,9 +9,11 @@ takes in what the expert does to later tokens too, costs no second rollout, and
 needs no baseline: an unpredictable token moves the loss, but the experts
 hardly move its prediction, so its slopes are small.
 
-A head regresses the value from the hidden state. The policy goes on to the next
-expert with a probability that rises with value over price, one price for all
-layers: nats are nats wherever they are spent. Controllers move the price until
+The slope in m is the gate times the loss's slope in the expert's output, so the
+value is the gate's square, which the router gives at no cost, times what a head
+regresses from the hidden state and the fall of the gates. The policy goes on to
+the next expert with a probability that rises with value over price, one price
+for all layers: nats are nats wherever they are spent. Controllers move the price until
 the mean count holds the budget. That is value-based learning of a
 contextual bandit, next to the policy gradients of `learner.py`.
 """
@@ -23,7 +25,7 @@ import numpy as np
 from moe_lab.config.schema import ModelConfig
 from moe_lab.routing.base import Assignment, Observed, PolicyTerms, RouterContext, RouterState, RouterStats
 from moe_lab.routing.budget_table import at, knots, table_shape, targets
-from moe_lab.routing.dynamic import POLICY_WIDTH, head, policy_features
+from moe_lab.routing.dynamic import POLICY_WIDTH, head, num_policy_features, policy_features, ranked_log_gates
 from moe_lab.routing.router import Router, per_token
 from moe_lab.routing.selection import assign, replayed, router_logits
 
@@ -77,7 +79,7 @@ class CurvatureValued(Router):
   """The `dynamic` method with `routing.baseline = curvature`."""
 
   def parameters(self, model: ModelConfig):
-    features, steps = model.dim + 1, self.config.k_max - self.config.k_min
+    features, steps = num_policy_features(model, self.config), self.config.k_max - self.config.k_min
     return super().parameters(model) | {
       "policy_in": ((features, POLICY_WIDTH), features**-0.5),
       "policy_bias": ((POLICY_WIDTH,), 0.0),
@@ -87,8 +89,12 @@ class CurvatureValued(Router):
   def __call__(self, parameters, x_TD: jax.Array, context: RouterContext) -> tuple[Assignment, RouterStats]:
     k_min, k_max, state = self.config.k_min, self.config.k_max, context.state.method
     logits_TE = router_logits(x_TD, parameters["router_DE"])
+    expert_TK = self.ranked(logits_TE, context)
+    log_gate_TK = ranked_log_gates(logits_TE, expert_TK)
     # S = k_max - k_min experts beyond the first k_min.
-    above_TS = head(parameters, "policy", policy_features(x_TD, context, self.config))
+    above_TS = head(parameters, "policy", policy_features(x_TD, log_gate_TK, context, self.config))
+    if self.config.policy_input == "hidden":
+      above_TS += 2 * log_gate_TK[:, k_min:]
     known_TS = jax.lax.stop_gradient(above_TS)
 
     def first_stop(goes_on_TS):
@@ -101,7 +107,7 @@ class CurvatureValued(Router):
       count_T = first_stop(jax.random.uniform(jax.random.fold_in(context.key, 0), going_on_TS.shape) < going_on_TS)
     count_T = replayed(count_T, context)
 
-    assignment = assign(logits_TE, self.ranked(logits_TE, context), count_T, context.mask_T, self.config.gate)
+    assignment = assign(logits_TE, expert_TK, count_T, context.mask_T, self.config.gate)
     slot_K = jnp.arange(k_max)
     last_TK = (slot_K == count_T[:, None] - 1) & (slot_K >= k_min) & context.mask_T[:, None]
     log_value_TK = jnp.pad(START + above_TS, ((0, 0), (k_min, 0)))

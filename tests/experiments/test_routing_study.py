@@ -144,7 +144,7 @@ def test_the_committed_sweep(what):
       sweep.config(run)
   if what == "cpu":
     tuned = {run.labels["seed"] for run in sweep.runs if run.labels["corpus"] == "stdlib"}
-    reported = {run.labels["seed"] for run in sweep.runs if run.labels["corpus"] == "plays"}
+    reported = {run.labels["seed"] for run in sweep.runs if run.labels["corpus"] == "addresses"}
     assert len(tuned) == len(reported) == 3 and not tuned & reported
 
 

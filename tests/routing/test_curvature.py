@@ -78,6 +78,24 @@ def test_the_greedy_count_is_the_first_value_below_the_price(make_context):
   np.testing.assert_array_equal(stats.count_T, [2, 1, 4, 3])
 
 
+def test_the_value_falls_with_the_square_of_the_gate(make_context):
+  router = make_router(CONFIG)
+  state = jax.tree.map(lambda leaf: leaf[0], router.initial_state(1, 6))
+  parameters = zeros_of(router, 6) | {"router_DE": jnp.eye(6)}
+  # Shares of six experts: 0.5, 0.3 and 0.05 four times; the log of six times them, doubled, is 2.2, 1.2, -2.4.
+  x_TD = jnp.log(jnp.asarray([[0.5, 0.3, 0.05, 0.05, 0.05, 0.05]]))
+  counts = {1.3: 1, 1.1: 2, -2.3: 2, -2.5: 4}
+  for price, count in counts.items():
+    priced = state._replace(method=state.method | {"price": jnp.asarray(price)})
+    _, stats = router(parameters, x_TD, make_context(1, 6, dim=6, state=priced))
+    assert stats.count_T[0] == count
+  # The control that sees the token's id alone does not see the gates either.
+  blind = make_router(dataclasses.replace(CONFIG, policy_input="token"))
+  parameters = zeros_of(blind, 6) | {"router_DE": jnp.eye(6)}
+  priced = state._replace(method=state.method | {"price": jnp.asarray(-0.1)})
+  assert blind(parameters, x_TD, make_context(1, 6, dim=6, state=priced))[1].count_T[0] == 4
+
+
 def test_only_the_head_learns_and_the_trunk_is_left_alone(make_context):
   router = make_router(CONFIG)
   model = ModelConfig(dim=8, num_experts=6)

@@ -40,8 +40,8 @@ class Case:
     if self.method == "topk":
       routing = RoutingConfig(method="topk", k=int(self.k))
     else:
-      baseline = "leave_one_out" if self.method == "dynamic_rollouts" else "value"
-      routing = RoutingConfig(method="dynamic", budget=self.k, k_max=self.k_max, baseline=baseline)
+      learner = "leave_one_out" if self.method == "dynamic_rollouts" else "value"
+      routing = RoutingConfig(method="dynamic", budget=self.k, k_max=self.k_max, learner=learner)
     model = ModelConfig(
       dim=self.dim,
       num_layers=self.num_layers,

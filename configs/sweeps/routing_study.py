@@ -81,7 +81,7 @@ def learners(budget):
   """The count policy's learners side by side. Those with a second rollout train on a quarter more."""
   notes = {"role": "other", "budget": str(budget)}
   ours = {"routing.method": "dynamic", "routing.budget": float(budget)} | GATE
-  fields = {name: ours | {"routing.baseline": name} for name in LEARNERS}
+  fields = {name: ours | {"routing.learner": name} for name in LEARNERS}
   return [run for name, one in fields.items() for run in axis("arm", {name: one}, family=name, **notes)]
 
 

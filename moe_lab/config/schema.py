@@ -122,7 +122,7 @@ class RoutingConfig:
   # rollout takes the greedy counts) | value (a value head, one rollout) | none; by ppo (a value head; after the warm-up
   # the model is frozen and each rollout serves several updates); by straight_through (no sampled reward: a gradient
   # through relaxed counts); or by values: curvature (an expert's worth, from its gate's slope).
-  baseline: str = "curvature"
+  learner: str = "curvature"
   second_rollouts: float = 0.25  # leave_one_out, greedy: share of a batch's sequences that is rolled out twice
   warmup_steps: int = 200  # steps with counts drawn at random before the policy learns
   entropy_floor: float = 0.6  # share of the untrained policy's entropy that the policy's mean entropy is kept above
@@ -154,8 +154,8 @@ class RoutingConfig:
     _check_choice("routing.budget_mode", self.budget_mode, ("exactly", "at_most"))
     _check_choice("routing.policy_input", self.policy_input, ("hidden", "token"))
     learners = (*_TWO_ROLLOUTS, "value", "none", "ppo", "straight_through", "curvature")
-    _check_choice("routing.baseline", self.baseline, learners)
-    _check_range("routing.second_rollouts", self.second_rollouts, 0, 1, open_low=self.baseline in _TWO_ROLLOUTS)
+    _check_choice("routing.learner", self.learner, learners)
+    _check_range("routing.second_rollouts", self.second_rollouts, 0, 1, open_low=self.learner in _TWO_ROLLOUTS)
     _check_range("routing.warmup_steps", self.warmup_steps, 0)
     _check_choice("routing.gate", self.gate, ("softmax_chosen", "softmax_all", "sigmoid"))
     if self.method not in _SLOT_GATES and self.gate != "softmax_chosen":
@@ -221,12 +221,12 @@ class RoutingConfig:
   @property
   def two_rollouts(self) -> bool:
     """Whether some sequences run twice in a batch."""
-    return self.learns_counts and self.baseline in _TWO_ROLLOUTS
+    return self.learns_counts and self.learner in _TWO_ROLLOUTS
 
   @property
   def freezes_model(self) -> bool:
     """Whether after the warm-up only the count policy learns."""
-    return self.learns_counts and self.baseline == "ppo"
+    return self.learns_counts and self.learner == "ppo"
 
   @property
   def slots(self) -> int:
@@ -246,7 +246,7 @@ class RoutingConfig:
     if self.budget_range:
       return self.budget_range
     # A prior or a total follows any budget; a threshold was steered to one.
-    if self.learns_counts and self.baseline == "curvature":  # its price was found for one
+    if self.learns_counts and self.learner == "curvature":  # its price was found for one
       return self.budget, self.budget
     if self.learns_counts or self.method in ("sequence_topk", "expert_choice"):
       return float(max(self.k_min, 1)), float(self.k_max)
@@ -382,7 +382,7 @@ class Config:
         # Dropped experts could leave a token's groups with too few.
         raise ConfigError("routing.expert_dropout", self.routing.expert_dropout, "0 with routing.expert_groups")
     if self.routing.freezes_model and self.train.accumulate > 1:
-      raise ConfigError("train.accumulate", self.train.accumulate, "1, since routing.baseline is ppo")
+      raise ConfigError("train.accumulate", self.train.accumulate, "1, since routing.learner is ppo")
     if self.routing.two_rollouts:
       rows = self.train.batch_size // self.train.accumulate
       if round(rows * self.routing.second_rollouts) < 1:

@@ -76,7 +76,7 @@ def even_odds(budget: np.ndarray, k_min: int, k_max: int) -> np.ndarray:
 
 
 class CurvatureValued(Router):
-  """The `dynamic` method with `routing.baseline = curvature`."""
+  """The `dynamic` method with `routing.learner = curvature`."""
 
   def parameters(self, model: ModelConfig):
     features, steps = num_policy_features(model, self.config), self.config.k_max - self.config.k_min

@@ -88,7 +88,7 @@ class Dynamic(Router):
     features = num_policy_features(model, self.config)
     shapes = super().parameters(model)
     heads = {"policy": self.config.k_max - self.config.k_min + 1}
-    if self.config.baseline in WITH_VALUE_HEAD:
+    if self.config.learner in WITH_VALUE_HEAD:
       heads["value"] = 1
     for name, width in heads.items():
       shapes[f"{name}_in"] = ((features, POLICY_WIDTH), features**-0.5)
@@ -120,17 +120,17 @@ class Dynamic(Router):
       expected_count_T=expected_T,
       entropy_T=entropy(log_prob_TA),
       greedy_count_T=greedy_T.astype(jnp.float32),
-      value_T=head(parameters, "value", features)[:, 0] if self.config.baseline in WITH_VALUE_HEAD else None,
+      value_T=head(parameters, "value", features)[:, 0] if self.config.learner in WITH_VALUE_HEAD else None,
     )
     assignment = assign(logits_TE, expert_TK, count_T, context.mask_T, self.config.gate)
-    if self.config.baseline == "straight_through" and context.key is not None:
+    if self.config.learner == "straight_through" and context.key is not None:
       learning = context.state.method["steps"] >= self.config.warmup_steps
       assignment = with_soft_count(assignment, log_prob_TA + noise_TA, k_min, learning)
     return assignment, self.stats(logits_TE, assignment, context, policy)
 
   def method_state(self, num_layers: int, num_experts: int) -> dict[str, jax.Array]:
     # Only here does the forward pass itself teach, and so has to know of the warm-up.
-    return {"steps": jnp.zeros(num_layers)} if self.config.baseline == "straight_through" else {}
+    return {"steps": jnp.zeros(num_layers)} if self.config.learner == "straight_through" else {}
 
   def updated_method_state(self, state: RouterState, seen: Observed) -> dict[str, jax.Array]:
     return {name: steps + 1 for name, steps in state.method.items()}

@@ -1,4 +1,4 @@
-"""What a batch of rollouts teaches the count policy, by the baseline that the configuration names."""
+"""What a batch of rollouts teaches the count policy, by the learner that the configuration names."""
 
 from typing import NamedTuple
 
@@ -82,23 +82,23 @@ def lesson(
     rollouts: of the same tokens.
     state: of the budget controller.
     learning: bool [], whether the warm-up is over; a value head learns from the first step.
-    config: names the baseline.
+    config: names the learner.
   """
   losses, total = {}, jnp.zeros(())
-  if config.baseline == "curvature":  # its head learns in the backward pass
+  if config.learner == "curvature":  # its head learns in the backward pass
     return Lesson(total, losses, jnp.zeros(()), jnp.zeros(()))
   weight_BL, segment_BL = rollouts.weight_BL, rollouts.segment_BL
   credit_BL = credited_loss(jax.lax.stop_gradient(rollouts.nll_BL), weight_BL, segment_BL, config.credit_discount)
   unit = jnp.ones(())
-  if config.baseline in ("leave_one_out", "greedy"):
+  if config.learner in ("leave_one_out", "greedy"):
     advantage_ZT = leave_one_out_advantage(credit_BL, rollouts.num_twins).reshape(-1)
     twin_B = twin_rows(weight_BL.shape[0], rollouts.num_twins)
-    if config.baseline == "greedy":  # the second rollouts were not sampled and teach nothing
+    if config.learner == "greedy":  # the second rollouts were not sampled and teach nothing
       twin_B &= jnp.arange(twin_B.size) < rollouts.num_twins
     learns_BL = weight_BL * twin_B[:, None]
-  elif config.baseline == "none":
+  elif config.learner == "none":
     advantage_ZT, learns_BL = -credit_BL.reshape(-1), weight_BL
-  elif config.baseline == "straight_through":
+  elif config.learner == "straight_through":
     # What teaches is the text's own loss, in nats; so is then the price.
     advantage_ZT, learns_BL, unit = jnp.full(weight_BL.size, STRAIGHT_THROUGH_SCALE), weight_BL, state.scale
   else:
@@ -109,7 +109,7 @@ def lesson(
   learns_T = learns_BL.reshape(-1)
   policy = _policy_losses(terms, advantage_ZT, learns_T, rollouts, state, config)
   square = jnp.sum(jnp.square(advantage_ZT).reshape(-1, learns_T.size).mean(0) * learns_T)
-  if config.baseline == "straight_through":
+  if config.learner == "straight_through":
     del policy["policy"]
   total += jnp.where(learning, unit * sum(policy.values()), 0.0)
   return Lesson(total, losses | policy, square, learns_T.sum())

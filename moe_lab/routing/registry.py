@@ -33,6 +33,6 @@ METHODS = {
 
 def make_router(config: RoutingConfig) -> Router:
   """Returns the router of `config.method`."""
-  if config.learns_counts and config.baseline == "curvature":
+  if config.learns_counts and config.learner == "curvature":
     return CurvatureValued(config)
   return METHODS[config.method](config)

@@ -53,8 +53,8 @@ def inputs_of(batch: Batch, key: jax.Array, config: Config) -> Inputs:
     segment_BL=segment_BL,
     weight_BL=((segment_BL == batch.segments[:, 1:]) & (segment_BL != 0)).astype(jnp.float32),
     budget_B=jnp.concatenate([budget_B, budget_B[:twins]]),
-    # The baseline "greedy" is a second rollout by the rule of inference.
-    greedy_B=jnp.arange(rows + twins) >= rows if twins and config.routing.baseline == "greedy" else None,
+    # The learner "greedy" has a second rollout by the rule of inference.
+    greedy_B=jnp.arange(rows + twins) >= rows if twins and config.routing.learner == "greedy" else None,
     num_twins=twins,
   )
 

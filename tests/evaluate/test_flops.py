@@ -28,7 +28,7 @@ MODEL = ModelConfig(
 )
 ROUTINGS = {
   "topk": RoutingConfig(method="topk", k=2),
-  "dynamic": RoutingConfig(method="dynamic", budget=3.0, k_max=4, baseline="value"),
+  "dynamic": RoutingConfig(method="dynamic", budget=3.0, k_max=4, learner="value"),
 }
 
 

@@ -62,7 +62,7 @@ def test_ranges_that_do_not_fit_are_refused(fields, line):
   "fields, budgets",
   [
     (dict(), (2, 2)),  # the price of values was found for one
-    (dict(baseline="leave_one_out"), (1, 8)),  # that policy's prior follows any budget
+    (dict(learner="leave_one_out"), (1, 8)),  # that policy's prior follows any budget
     (dict(budget_range=(1.5, 4.0)), (1.5, 4)),
     (dict(method="topk", k=3), (3, 3)),
     (dict(method="random_k", k_max=2, count_shares=(0.5, 0.5), budget=1.5), (1.5, 1.5)),

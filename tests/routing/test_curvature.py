@@ -12,7 +12,7 @@ from moe_lab.routing.base import Observed
 from moe_lab.routing.curvature import START, CurvatureValued, even_odds, observe_value
 from moe_lab.routing.registry import make_router
 
-CONFIG = RoutingConfig(baseline="curvature", k_max=4, warmup_steps=10)
+CONFIG = RoutingConfig(learner="curvature", k_max=4, warmup_steps=10)
 
 
 def zeros_of(router, dim):

@@ -55,7 +55,7 @@ def test_a_larger_budget_gives_larger_counts(make_context):
 
 @pytest.mark.parametrize("policy_input", ["hidden", "token"])
 def test_the_policy_reads_what_it_should_and_teaches_nothing_but_itself(make_context, policy_input):
-  router, parameters, x_TD = parts(policy_out=1.0, policy_input=policy_input, baseline="value")
+  router, parameters, x_TD = parts(policy_out=1.0, policy_input=policy_input, learner="value")
   parameters["value_out"] += 1.0
   embedding_TD = jax.random.normal(jax.random.key(9), x_TD.shape)
 

@@ -133,7 +133,7 @@ def rollouts_of(credit_BL, twins):
 
 
 @pytest.mark.parametrize(
-  "baseline, advantage, decisions",
+  "learner, advantage, decisions",
   [
     ("leave_one_out", [4, 0, -4, 0], 4),  # rows 0 and 1 have twins 3 and 4; row 2 is alone
     ("greedy", [4, 0, 0, 0], 2),  # the twins took the greedy counts, and teach nothing
@@ -141,20 +141,20 @@ def rollouts_of(credit_BL, twins):
     ("value", [2, 1, -4, -2, 1], 5),  # the value head says 3 everywhere
   ],
 )
-def test_what_each_baseline_takes_for_advantage(baseline, advantage, decisions):
+def test_what_each_learner_takes_for_advantage(learner, advantage, decisions):
   # The policy loss is minus the mean of advantage * log-probability; log-probabilities 1 10 100 ... tell who taught.
   credit_BL = jnp.asarray([[1.0], [2.0], [7.0], [5.0], [2.0]])
   digits, zero = 10.0 ** jnp.arange(5)[None], jnp.zeros((1, 5))
   terms = PolicyTerms(digits, zero, zero + 99.0, zero, zero + 3.0)
-  config = RoutingConfig(baseline=baseline)
+  config = RoutingConfig(learner=learner)
   state = budget_control.initial_budget_state(config)._replace(scale=jnp.asarray(1.0))
   taught = lesson(terms, rollouts_of(credit_BL, 2), state, jnp.asarray(True), config)
-  by_row = {"leave_one_out": [0, 1, 3, 4], "greedy": [0, 1, 3, 4]}.get(baseline, range(5))
+  by_row = {"leave_one_out": [0, 1, 3, 4], "greedy": [0, 1, 3, 4]}.get(learner, range(5))
   want = -sum(a * 10.0**row for a, row in zip(advantage, by_row, strict=True)) / decisions
   assert taught.losses["policy"] == pytest.approx(want, rel=1e-5)
   assert taught.advantage_count == decisions
   assert taught.advantage_square == pytest.approx(sum(a**2 for a in advantage))
-  if baseline == "value":
+  if learner == "value":
     assert taught.losses["value"] == pytest.approx((4 + 1 + 16 + 4 + 1) / 5)
 
 
@@ -163,7 +163,7 @@ def test_ppo_by_hand():
   # e^-0.3 = 0.741, both beyond the clip: the first is held at 1.2 * 4, the second at 0.8 * -4: -mean = -0.8.
   credit_BL, zero = jnp.asarray([[1.0], [5.0]]), jnp.zeros((1, 2))
   old = PolicyTerms(zero - 1.0, zero + 2.0, zero + 99.0, zero, zero + 3.0)
-  config = RoutingConfig(baseline="ppo")
+  config = RoutingConfig(learner="ppo")
   state = budget_control.initial_budget_state(config)._replace(scale=jnp.asarray(0.5))
 
   def loss(log_prob_ZT, value_ZT):
@@ -195,7 +195,7 @@ def test_straight_through_lets_the_loss_reach_the_count():
 
 
 def test_straight_through_is_priced_in_nats():
-  config = RoutingConfig(baseline="straight_through")
+  config = RoutingConfig(learner="straight_through")
   state = budget_control.initial_budget_state(config)._replace(scale=jnp.asarray(0.1), integral=jnp.asarray(2.0))
   terms = PolicyTerms(*(jnp.full((1, 5), x) for x in (0.0, 3.0, 99.0, 0.0)), None)
   taught = lesson(terms, rollouts_of(jnp.ones((5, 1)), 0), state, jnp.asarray(True), config)

@@ -53,8 +53,8 @@ def random_batch(seed=0):
 
 
 CASES = {method: dict(method=method) for method in METHODS} | {
-  baseline: dict(method="dynamic", baseline=baseline)
-  for baseline in ("leave_one_out", "none", "greedy", "ppo", "straight_through")
+  learner: dict(method="dynamic", learner=learner)
+  for learner in ("leave_one_out", "none", "greedy", "ppo", "straight_through")
 }
 CASES |= {f"{method}, any budget": dict(method=method, budget_range=(1.5, 4.0)) for method in ("dynamic", "top_p_pi")}
 

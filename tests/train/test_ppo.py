@@ -20,7 +20,7 @@ CONFIG = Config(
     dim=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, num_experts=4, expert_dim=8,
     dispatch="dense", attention_backend="reference",
   ),
-  routing=RoutingConfig(k_max=4, warmup_steps=2, baseline="ppo"),
+  routing=RoutingConfig(k_max=4, warmup_steps=2, learner="ppo"),
   data=DataConfig(vocab_size=32, seq_len=12),
   train=TrainConfig(steps=20, batch_size=4, warmup_steps=1, learning_rate=1e-2),
 )  # fmt: skip

@@ -18,7 +18,7 @@ from moe_lab.types import Batch
 
 CONFIG = Config(
   model=ModelConfig(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, num_experts=4, expert_dim=8),
-  routing=RoutingConfig(k_max=4, warmup_steps=0, baseline="leave_one_out"),
+  routing=RoutingConfig(k_max=4, warmup_steps=0, learner="leave_one_out"),
   data=DataConfig(vocab_size=32, seq_len=12),
   train=TrainConfig(steps=20, batch_size=8, warmup_steps=4, learning_rate=1e-2),
 )
@@ -111,7 +111,7 @@ def test_the_policy_learns_only_after_the_warm_up():
 
 
 def test_value_baseline_trains_its_head():
-  config = dataclasses.replace(CONFIG, routing=dataclasses.replace(CONFIG.routing, baseline="value"))
+  config = dataclasses.replace(CONFIG, routing=dataclasses.replace(CONFIG.routing, learner="value"))
   assert num_twins(config, 8) == 0
   step, state = parts(config)
   losses = []

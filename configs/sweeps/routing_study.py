@@ -4,11 +4,12 @@
 
 The argument is the size of the models (configs/routing_study.py), and what is swept:
 
-  cpu        five methods, three corpora and the queries task, three seeds: two hours on two cores with --workers=2
-  gpu        the same arms and every other method at one-GPU size
-  cpu_sizes  dense models and mixtures of three sizes: compute at equal loss
-  gpu_sizes  the same at one-GPU size
-  smoke      a few runs of seconds, to see the machinery work
+  cpu          five methods, two corpora and two tasks, three seeds: questions 1 to 4
+  cpu_methods  the other methods, a run each, and the count policy's learners side by side
+  cpu_sizes    dense models and mixtures of three sizes: compute at equal loss, question 5
+  gpu          all of `cpu` and `cpu_methods` at one-GPU size, three seeds each
+  gpu_sizes    as cpu_sizes at one-GPU size
+  smoke        a few runs of seconds, to see the machinery work
 
 Everything that depends on the names of methods is in this file. What the notes (role, family, budget, ...) mean is said
 in experiments/routing_study/arms.py.
@@ -19,7 +20,7 @@ from pathlib import Path
 from moe_lab.config.load import load
 from moe_lab.config.sweep import Sweep, axis, product
 
-WHAT = ("cpu", "gpu", "cpu_sizes", "gpu_sizes", "smoke")
+WHAT = ("cpu", "cpu_methods", "cpu_sizes", "gpu", "gpu_sizes", "smoke")
 
 # Tuned on stdlib (and the synthetic tasks) with seeds 0 to 2; nothing was tuned on the other corpus, nor on its seeds.
 TUNING_SEEDS, REPORT_SEEDS = (0, 1, 2), (3, 4, 5)
@@ -30,9 +31,13 @@ AT_A_BUDGET = {"random": "random_k", "top-p-pi": "top_p_pi", "null": "null_exper
 GATE = {"routing.gate": "softmax_all"}
 OPEN_GATES = ("topk", "dynamic", "random_k", "entropy_rule")
 # How else the count policy can learn; the default is what measured best.
-LEARNERS = ("leave_one_out", "greedy", "value", "none", "straight_through")
-# The rest of the laboratory: a short run each; where a method has no budget, its own setting decides the mean.
+LEARNERS = ("leave_one_out", "greedy", "value", "none", "straight_through", "ppo")
+# The rest of the laboratory; where a method has no budget, its own setting decides the mean.
 OTHERS = {
+  "sigmoid": {"routing.method": "topk", "routing.gate": "sigmoid"},
+  "loss-free-bias": {"routing.method": "topk", "routing.bias_update_rate": 0.001, "routing.load_balance_weight": 0.0},
+  "group-limited": {"routing.method": "topk", "routing.expert_groups": 4, "routing.groups_kept": 2},
+  "shared-expert": {"routing.method": "topk", "routing.k": 1, "model.num_shared_experts": 1},
   "top-p": {"routing.method": "top_p"},
   "dynmoe": {"routing.method": "learned_threshold"},
   "remoe": {"routing.method": "relu"},
@@ -65,8 +70,8 @@ def published(budget):
   return [run for name, method in AT_A_BUDGET.items() for run in at_budget(name, method, budget, "control")]
 
 
-def ours(budget, **notes):
-  return at_budget("dynamic", "dynamic", budget, "ours", controls="shuffled,by_layer,by_token,fixed", **notes)
+def ours(budget, controls="shuffled,by_layer,by_token,fixed", **notes):
+  return at_budget("dynamic", "dynamic", budget, "ours", controls=controls, **notes)
 
 
 def simple(budget):
@@ -77,11 +82,13 @@ def simple(budget):
   )
 
 
-def learners(budget):
+def learners(budget, steps):
   """The count policy's learners side by side. Those with a second rollout train on a quarter more."""
   notes = {"role": "other", "budget": str(budget)}
   ours = {"routing.method": "dynamic", "routing.budget": float(budget)} | GATE
   fields = {name: ours | {"routing.learner": name} for name in LEARNERS}
+  # Its policy learns on a frozen model: most of the steps train that.
+  fields["ppo"] |= {"routing.warmup_steps": round(0.8 * steps)}
   return [run for name, one in fields.items() for run in axis("arm", {name: one}, family=name, **notes)]
 
 
@@ -112,13 +119,20 @@ def seeds(numbers):
 
 def text_arms():
   """Item 1: fixed k, random k, top-p with the PI controller, null experts, simple rules and ours, at two experts."""
-  return fixed((1, 2, 4), removal="yes") + published(2) + simple(2) + ours(2, removal="yes")
+  ours_2 = ours(2, controls="shuffled,by_layer,by_token,fixed,oracle", removal="yes")
+  return fixed((1, 2, 4), removal="yes") + published(2) + simple(2) + ours_2
 
 
 def budget_arms():
   """Items 2 to 4, on the tuning corpus: the curve over budgets, and expert dropout."""
   curve = [run for budget in (1, 1.5, 3, 4, 6) for run in ours(budget)]
-  return curve + conditioned() + published(3) + with_dropout() + learners(2)
+  return curve + conditioned() + published(3) + with_dropout()
+
+
+def other_methods():
+  """Every other method. Fixed k = 1 among the arms above is Switch."""
+  notes = {"role": "other", "budget": "2"}
+  return [run for name, fields in OTHERS.items() for run in axis("arm", {name: fields}, family=name, **notes)]
 
 
 DIFFICULTY = {  # as configs/difficulty.py, where each of these is explained
@@ -142,15 +156,20 @@ def get_sweep(arg=None):
     return Sweep(base, product(stdlib, arms, seeds((0, 1))))
   if part == "sizes":
     return Sweep(base, product(stdlib, sizes(base), seeds(TUNING_SEEDS)))
-  arms = text_arms()
-  if size == "gpu":
-    notes = {"role": "other", "budget": "2"}
-    arms += [run for name, fields in OTHERS.items() for run in axis("arm", {name: fields}, family=name, **notes)]
-  difficulty = corpus("difficulty", "synthetic:difficulty", **DIFFICULTY)
-  queries = corpus("queries", "synthetic:queries", data__vocab_size=155)
+  compared = learners(2, base.train.steps) + ours(2)
+  if part == "methods":
+    # A learner is chosen by this; of a method one run shows that it works, and roughly where it stands.
+    return Sweep(
+      base, product(stdlib, fixed((2,)) + compared, seeds(TUNING_SEEDS)) + product(stdlib, other_methods(), seeds((0,)))
+    )
+  arms = text_arms() + (other_methods() if size == "gpu" else [])
+  budgets = budget_arms() + (learners(2, base.train.steps) if size == "gpu" else [])
+  short = {"train__steps": base.train.steps // 2}  # the tasks are learnt by then
+  difficulty = corpus("difficulty", "synthetic:difficulty", **DIFFICULTY | short)
+  queries = corpus("queries", "synthetic:queries", data__vocab_size=155, **short)
   return Sweep(
     base,
-    product(stdlib, arms + budget_arms(), seeds(TUNING_SEEDS))
+    product(stdlib, arms + budgets, seeds(TUNING_SEEDS))
     + product(addresses, arms, seeds(REPORT_SEEDS))
     + product(difficulty, fixed((1, 2)) + published(1.2) + ours(1.2), seeds(TUNING_SEEDS))
     + product(queries, fixed((1, 2, 4)) + published(2) + ours(2), seeds(TUNING_SEEDS)),

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from experiments.routing_study.measure import CONTROLS, OWN
+from experiments.routing_study.measure import BOUNDS, CONTROLS, OWN
 from moe_lab.evaluate.significance import paired_difference
 from moe_lab.evaluate.tradeoff import loss_at, matched
 
@@ -110,7 +110,9 @@ def comparisons(arms: Sequence[Arm]) -> list[dict]:
   """Returns our arms against each control of theirs, paired by seed.
 
   An entry's "matched" says whether the control's mean FLOPs per token are within 2% of ours: where they are not, its
-  "win" is no result at equal compute. "flops_ratio" and "training_flops_ratio" are ours over the control's.
+  "win" is no result at equal compute. "flops_ratio" and "training_flops_ratio" are ours over the control's. "seeds" is
+  how many of ours there are: a control that failed on one has fewer, and a comparison with it is not complete. "bound":
+  the control has seen the targets, and says only how far judgement could get.
   """
   found = []
   for arm in arms:
@@ -118,10 +120,10 @@ def comparisons(arms: Sequence[Arm]) -> list[dict]:
       continue
     for rule in CONTROLS:
       if arm.by_seed("loss", rule):
-        found.append(_comparison(arm, f"own counts, {rule}", arm, rule))
+        found.append(_comparison(arm, f"own counts, {rule}", arm, rule) | {"bound": rule in BOUNDS})
     for other in arms:
       same = other.corpus == arm.corpus and other.notes.get("budget") == arm.notes.get("budget")
-      if other.role == "control" and same and other.runs:
+      if other.role == "control" and same:
         found.append(_comparison(arm, other.name, other))
     if curve := _fixed_at_ours(arm, arms):
       entry = {"matched": True, "flops_ratio": 1.0, "training_flops_ratio": None}
@@ -130,6 +132,8 @@ def comparisons(arms: Sequence[Arm]) -> list[dict]:
 
 
 def _comparison(arm: Arm, name: str, other: Arm, rule: str = OWN) -> dict:
+  if not other.runs:  # all failed
+    return _difference(arm, name, {}) | {"matched": False, "flops_ratio": None, "training_flops_ratio": None}
   ours, theirs = arm.mean("flops_per_token"), other.mean("flops_per_token", rule)
   training = [statistics.fmean(run["training"]["flops"] for run in a.runs.values()) for a in (arm, other)]
   return _difference(arm, name, other.by_seed("loss", rule)) | {
@@ -141,7 +145,8 @@ def _comparison(arm: Arm, name: str, other: Arm, rule: str = OWN) -> dict:
 
 def _difference(arm: Arm, name: str, control: Mapping[str, float]) -> dict:
   difference = paired_difference(arm.by_seed("loss"), control)
-  return {"corpus": arm.corpus, "arm": arm.name, "control": name, **difference._asdict()}
+  about = {"corpus": arm.corpus, "arm": arm.name, "control": name, "seeds": len(arm.runs), "bound": False}
+  return about | difference._asdict()
 
 
 def _fixed_at_ours(arm: Arm, arms: Sequence[Arm]) -> dict[str, float]:

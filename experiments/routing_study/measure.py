@@ -68,7 +68,15 @@ CONTROLS: dict[str, Callable[[Subject], Callable]] = {
     seed=0,
   ),
   "fixed": lambda s: controls.fixed_count(s.num_moe_layers, round(s.loaded.budget)),
+  "oracle": lambda s: controls.oracle_counts(
+    s.eval_step,
+    s.loaded.params,
+    s.loaded.router_state,
+    s.loaded.budget,
+    counts=sorted({s.loaded.config.routing.k_min, 2, 4, s.loaded.config.routing.k_max}),
+  ),
 }
+BOUNDS = ("oracle",)  # of these, such that have seen the targets: no router can do what they do
 
 
 def rules_of(notes: dict[str, str]) -> list[str]:

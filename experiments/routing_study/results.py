@@ -25,10 +25,11 @@ def summary(study: dict) -> dict:
   ours = list(dict.fromkeys((entry["corpus"], entry["arm"]) for entry in study["comparisons"]))
   wins = {}
   for corpus, arm in ours:
-    entries = [entry for entry in study["comparisons"] if (entry["corpus"], entry["arm"]) == (corpus, arm)]
+    same = [entry for entry in study["comparisons"] if (entry["corpus"], entry["arm"]) == (corpus, arm)]
+    entries = [entry for entry in same if not entry["bound"]]
     wins[f"{corpus}-{arm}"] = {
-      "against_all": all(entry["win"] and entry["matched"] for entry in entries),
-      "controls": {entry["control"]: entry["win"] and entry["matched"] for entry in entries},
+      "against_all": all(won(entry) for entry in entries),
+      "controls": {entry["control"]: won(entry) for entry in entries},
     }
   return {
     "split": study["split"],
@@ -39,6 +40,11 @@ def summary(study: dict) -> dict:
     "alarms": sum(len(row["alarms"]) for row in study["arms"]),
     "page": f"study-{study['split']}.html",
   }
+
+
+def won(entry: dict) -> bool:
+  """Returns whether a comparison is a win: on all of our seeds, at equal FLOPs."""
+  return entry["win"] and entry["matched"] and len(entry["by_seed"]) == entry["seeds"]
 
 
 def line(record: dict) -> str:
@@ -86,10 +92,10 @@ def _comparison_lines(comparisons: Sequence[dict]) -> list[list[str]]:
         entry["corpus"],
         entry["arm"],
         entry["control"],
-        f"{entry['flops_ratio']:.3f}" + ("" if entry["matched"] else " UNEQUAL"),
+        number(entry["flops_ratio"], 3) + ("" if entry["matched"] else " UNEQUAL"),
         number(entry["mean"], 4),
         number(entry["standard_error"], 4),
-        "yes" if entry["win"] and entry["matched"] else "no",
+        "bound" if entry["bound"] else "yes" if won(entry) else "no",
       ]
     )
   return lines

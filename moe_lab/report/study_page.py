@@ -80,8 +80,14 @@ def _comparisons(entries: Sequence[dict]) -> str:
     return note("Nothing of ours is finished together with a control.")
   lines = []
   for entry in entries:
-    if not entry["matched"]:
+    if entry["bound"]:
+      verdict = "upper bound"
+    elif not entry["by_seed"]:
+      verdict = "control failed"
+    elif not entry["matched"]:
       verdict = "FLOPs differ"
+    elif len(entry["by_seed"]) < entry["seeds"]:
+      verdict = "seeds missing"
     else:
       verdict = "<b>win</b>" if entry["win"] else "no"
     signs = ", ".join(number(difference, 4) for difference in entry["by_seed"].values())

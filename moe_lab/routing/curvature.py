@@ -24,6 +24,7 @@ import numpy as np
 
 from moe_lab.config.schema import ModelConfig
 from moe_lab.routing.base import Assignment, Observed, PolicyTerms, RouterContext, RouterState, RouterStats
+from moe_lab.routing.budget import BudgetState
 from moe_lab.routing.budget_table import at, knots, table_shape, targets
 from moe_lab.routing.dynamic import POLICY_WIDTH, head, num_policy_features, policy_features, ranked_log_gates
 from moe_lab.routing.router import Router, per_token
@@ -164,3 +165,8 @@ class CurvatureValued(Router):
       least = float(np.log(max(self.config.lambda_min, 1e-12))) - START - level.reshape(sharpness.shape)
       price, odds = jnp.maximum(price, least), jnp.minimum(odds, -sharpness * least)
     return {"level": level, "price": price, "odds": odds, "steps": old["steps"] + 1}
+
+  def price(self, state: RouterState, budget_state: BudgetState) -> jax.Array:
+    # "price" is the log of it, over the mean log value; the layers' are the same.
+    own = jax.tree.map(lambda leaf: leaf[0], state.method)
+    return jnp.exp(START + own["level"] + at(own["price"], jnp.full(1, self.config.budget), self.config).mean())

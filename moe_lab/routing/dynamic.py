@@ -140,6 +140,9 @@ class Dynamic(Router):
     shift_Z = jnp.where(seen.asked > 0, shift_Z, state.count_shift)
     return super().updated_state(state, seen)._replace(count_shift=shift_Z)
 
+  def price(self, state: RouterState, budget_state: BudgetState) -> jax.Array:
+    return at(budget_control.price(budget_state, self.config), jnp.full(1, self.config.budget), self.config).mean()
+
   def updated_budget(self, state: BudgetState, seen: Observed, step: jax.Array) -> BudgetState:
     scale = budget_control.updated_scale(state.scale, seen.advantage_mean_square)
     # At a budget that nobody asked for in this step the mean stays what it was.

@@ -104,6 +104,10 @@ class Router:
     """Returns the price controller's state after a step; it rests where nothing has a price."""
     return state
 
+  def price(self, state: RouterState, budget_state: BudgetState) -> jax.Array:
+    """Returns what an expert costs at the configured budget, [] nats; 0 where nothing has a price."""
+    return jnp.zeros(())
+
 
 def per_token(total: jax.Array, token_count: jax.Array) -> jax.Array:
   """Returns the mean over tokens of a sum [Z, ...] over `token_count` ([] or [Z])."""

@@ -6,8 +6,6 @@ import optax
 
 from moe_lab.config.schema import Config
 from moe_lab.nn.transformer import Transformer
-from moe_lab.routing import budget as budget_control
-from moe_lab.routing import budget_table
 from moe_lab.routing.registry import make_router
 from moe_lab.train.losses import compute_loss
 from moe_lab.train.metrics import Metrics, observed
@@ -41,8 +39,6 @@ def _gradients(state: TrainState, batch: Batch, key, config: Config, model: Tran
 def make_train_step(config: Config, model: Transformer, optimizer: optax.GradientTransformation):
   """Returns train_step(state, batch) -> (state, Metrics), jitted; the state's buffers are donated."""
   schedule, router = learning_rate_schedule(config.train), make_router(config.routing)
-
-  budget = jnp.full(1, config.routing.budget)  # whose price is reported
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
@@ -84,7 +80,7 @@ def make_train_step(config: Config, model: Transformer, optimizer: optax.Gradien
       steps=jnp.ones(()),
       skipped=1.0 - finite,
       grad_norm=grad_norm,
-      price=budget_table.at(budget_control.price(state.budget_state, config.routing), budget, config.routing).mean(),
+      price=router.price(state.router_state, state.budget_state),
       learning_rate=schedule(state.step),
     )
     return new, metrics

@@ -72,6 +72,17 @@ def test_ours_against_its_controls(study):
   assert at_three["by_seed"]["0"] == pytest.approx(3.5 - interpolated)
 
 
+def test_a_control_that_failed_is_no_win(study):
+  entries = [{**entry, "by_seed": {}, "win": False, "matched": False} if entry["control"] == "random-2" else entry
+             for entry in study["comparisons"]]  # fmt: skip
+  assert "control failed" in study_page(study | {"comparisons": entries})
+  random = next(entry for entry in study["comparisons"] if entry["control"] == "random-2")
+  assert results.won(random) and not results.won(random | {"seeds": 3})
+  runs = [run | {"failed": "diverged"} if run["labels"]["arm"] == "random-2" else run for run in study_runs()]
+  entries = {e["control"]: e for e in arms.comparisons(arms.arms_of(runs)) if e["arm"] == "dynamic-2"}
+  assert entries["random-2"]["by_seed"] == {} and not results.won(entries["random-2"])
+
+
 def test_one_checkpoint_at_many_budgets(study):
   two, three = study["conditioned"]
   assert two["alone"] == "dynamic-2" and two["realised"] == pytest.approx(2.04) and two["holds"]
@@ -135,7 +146,7 @@ def test_the_page_says_it_all_and_needs_nothing(study):
   assert "No run is finished yet." in study_page(empty)
 
 
-@pytest.mark.parametrize("what", ["cpu", "gpu", "cpu_sizes", "gpu_sizes", "smoke"])
+@pytest.mark.parametrize("what", ["cpu", "cpu_methods", "cpu_sizes", "gpu", "gpu_sizes", "smoke"])
 def test_the_committed_sweep(what):
   sweep = load_sweep(f"{ROOT}/configs/sweeps/routing_study.py:{what}")
   for run in sweep.runs:

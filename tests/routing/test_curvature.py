@@ -96,6 +96,13 @@ def test_the_value_falls_with_the_square_of_the_gate(make_context):
   assert blind(parameters, x_TD, make_context(1, 6, dim=6, state=priced))[1].count_T[0] == 4
 
 
+def test_the_reported_price_is_in_nats():
+  router = make_router(dataclasses.replace(CONFIG, budget=2.0))
+  state = router.initial_state(3, 6)
+  state = state._replace(method=state.method | {"price": jnp.full(3, 0.5), "level": jnp.full(3, 2.0)})
+  assert router.price(state, None) == pytest.approx(np.exp(START + 2.5), rel=1e-6)
+
+
 def test_only_the_head_learns_and_the_trunk_is_left_alone(make_context):
   router = make_router(CONFIG)
   model = ModelConfig(dim=8, num_experts=6)

@@ -13,6 +13,8 @@ throughout: neither token ids nor a bigram tell the kinds apart or predict anyth
 
 `queries`: questions of several kinds with computable answers (`queries.py`).
 
+`retrieval`: facts to be found again far back (`retrieval.py`).
+
 Rows are drawn when asked for, by (seed, split, index): the position in the stream is one number.
 """
 
@@ -25,7 +27,7 @@ import grain
 import numpy as np
 
 from moe_lab.config.schema import DataConfig
-from moe_lab.data import queries
+from moe_lab.data import queries, retrieval
 from moe_lab.data.iterator import Loader
 from moe_lab.data.ngram import Pairs
 from moe_lab.data.packing import batches_of_rows
@@ -46,7 +48,9 @@ TASKS = {  # vocabulary of each
   "difficulty": ALPHABET + len(SHARES),
   "noise": ALPHABET,
   "queries": queries.VOCAB_SIZE,
+  "retrieval": retrieval.VOCAB_SIZE,
 }
+_MODULES = {"queries": queries, "retrieval": retrieval}  # tasks with a file of their own
 _MARKER, _EASY, _HARD, _NOISE = range(4)
 
 
@@ -96,6 +100,8 @@ def sample_row(task: str, seed: int, split: str, index: int, row_length: int) ->
   rng = np.random.Generator(np.random.Philox(key=key))
   if task == "queries":
     return queries.draw(rng, row_length)
+  if task == "retrieval":
+    return retrieval.draw(rng, row_length, training=split == "train")
   tokens = rng.integers(0, ALPHABET, row_length, dtype=np.int32)
   if task == "noise":
     return tokens, np.full(row_length, _NOISE, np.int32)
@@ -150,9 +156,13 @@ class SyntheticData:
     if config.vocab_size != self.vocab_size:
       wanted = f"{self.vocab_size}, the vocabulary of {config.sources[0]}"
       raise ConfigError("data.vocab_size", config.vocab_size, wanted)
-    self.class_names = queries.CLASS_NAMES if self._task == "queries" else CLASS_NAMES
+    if self._task == "retrieval" and config.seq_len < retrieval.LEAST_LENGTH:
+      wanted = f"at least {retrieval.LEAST_LENGTH} for {config.sources[0]}: a row holds its facts"
+      raise ConfigError("data.seq_len", config.seq_len, wanted)
+    module = _MODULES.get(self._task)
+    self.class_names = module.CLASS_NAMES if module else CLASS_NAMES
     generator = {"task": self._task}
-    generator |= queries.generator() if self._task == "queries" else {"alphabet": ALPHABET}
+    generator |= module.generator() if module else {"alphabet": ALPHABET}
     if self._task == "difficulty":
       generator |= {
         "shares": SHARES,

@@ -1,0 +1,70 @@
+"""The retrieval task: every answer was told before, held-out rows ask at their end, and facts lie anywhere."""
+
+import numpy as np
+import pytest
+
+from moe_lab.config.schema import DataConfig
+from moe_lab.data import retrieval as r
+from moe_lab.data.loader import open_data
+from moe_lab.data.synthetic import sample_row
+from moe_lab.errors import ConfigError
+
+
+def rows(split, count=200, length=257):
+  return [sample_row("retrieval", 0, split, index, length) for index in range(count)]
+
+
+def facts_of(tokens):
+  """Returns question -> answer of all that is told, and where each stands, by reading the row."""
+  told, places = {}, {}
+  for place, token in enumerate(tokens):
+    if place and tokens[place - 1] == r.ASK:
+      continue
+    if token == r.PASS:
+      told[token], places[token] = tokens[place + 1 : place + 1 + r.PLACES], place
+    elif r.KEY <= token < r.VALUE:
+      told[token], places[token] = tokens[place + 1 : place + 2], place
+  return told, places
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_every_answer_was_told_before(split):
+  kinds = set()
+  for tokens, classes in rows(split):
+    tokens, classes = tokens.tolist(), classes.tolist()
+    told, places = facts_of(tokens)
+    assert len(told) in (1, r.PAIRS)
+    for place in np.flatnonzero(np.array(tokens) == r.ASK).tolist():
+      if place + 2 >= len(tokens):
+        continue  # cut off at the row's end
+      question, answer = tokens[place + 1], tokens[place + 2 : place + 2 + len(told[tokens[place + 1]])]
+      assert places[question] < place and told[question][: len(answer)] == answer
+      kind = 1 if question == r.PASS else 2
+      assert classes[place + 2 : place + 2 + len(answer)] == [kind] * len(answer)
+      kinds.add(kind)
+  assert kinds == {1, 2}
+
+
+def test_held_out_rows_ask_everything_once_at_the_end():
+  depths = []
+  for tokens, classes in rows("validation"):
+    told, places = facts_of(tokens.tolist())
+    asks = np.flatnonzero(tokens == r.ASK)
+    assert sorted(tokens[asks + 1].tolist()) == sorted(told)
+    size = 3 if len(told) > 1 else 2 + r.PLACES
+    assert asks[0] == len(tokens) - size * len(told)
+    depths += [place / asks[0] for place in places.values()]
+    assert (classes != 0).sum() == len(told) * (size - 2)
+  # Facts lie anywhere: the depth's mean and spread are those of a uniform variable.
+  assert np.mean(depths) == pytest.approx(0.5, abs=0.05) and np.std(depths) == pytest.approx(0.29, abs=0.04)
+
+
+def test_training_rows_ask_often():
+  asks = [np.sum(tokens == r.ASK) for tokens, _ in rows("train", length=1025)]
+  assert np.mean(asks) == pytest.approx((1025 - 256 * 0.7) / (r.ASK_EVERY + 4), rel=0.2)
+
+
+def test_length_is_checked():
+  config = DataConfig(sources=("synthetic:retrieval",), vocab_size=r.VOCAB_SIZE, seq_len=64)
+  with pytest.raises(ConfigError, match="data.seq_len = 64: wanted at least 128"):
+    open_data(config, None)

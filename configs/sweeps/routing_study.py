@@ -26,24 +26,30 @@ WHAT = ("cpu", "cpu_methods", "cpu_sizes", "gpu", "gpu_sizes", "smoke")
 TUNING_SEEDS, REPORT_SEEDS = (0, 1, 2), (3, 4, 5)
 
 # Published methods that aim at a mean, and the control that draws counts at random: held against ours at each budget.
-AT_A_BUDGET = {"random": "random_k", "top-p-pi": "top_p_pi", "null": "null_experts"}
+# Auxiliary losses are a method's own: what it was published with, and no more.
+NO_LOSSES = {"routing.load_balance_weight": 0.0, "routing.z_loss_weight": 0.0}
+TOP_P_LOSSES = {
+  "routing.load_balance_weight": 1e-4, "routing.z_loss_weight": 0.0, "routing.entropy_loss_weight": 1e-3
+}  # fmt: skip
+AT_A_BUDGET = {"random": ("random_k", {}), "top-p-pi": ("top_p_pi", TOP_P_LOSSES), "null": ("null_experts", {})}
 # Where a method leaves the gates open: no worse for either on the tuning corpus than over the chosen alone (LOG.md).
 GATE = {"routing.gate": "softmax_all"}
 OPEN_GATES = ("topk", "dynamic", "random_k", "entropy_rule")
 # How else the count policy can learn; the default is what measured best.
 LEARNERS = ("leave_one_out", "greedy", "value", "none", "straight_through", "ppo")
 # The rest of the laboratory; where a method has no budget, its own setting decides the mean.
+SIGMOID = {"routing.method": "topk", "routing.gate": "sigmoid"}
 OTHERS = {
-  "sigmoid": {"routing.method": "topk", "routing.gate": "sigmoid"},
-  "loss-free-bias": {"routing.method": "topk", "routing.bias_update_rate": 0.001, "routing.load_balance_weight": 0.0},
-  "group-limited": {"routing.method": "topk", "routing.expert_groups": 4, "routing.groups_kept": 2},
+  "sigmoid": SIGMOID,
+  "loss-free-bias": SIGMOID | {"routing.bias_update_rate": 0.001, "routing.load_balance_weight": 0.0},
+  "group-limited": SIGMOID | {"routing.expert_groups": 4, "routing.groups_kept": 2},
   "shared-expert": {"routing.method": "topk", "routing.k": 1, "model.num_shared_experts": 1},
   "top-p": {"routing.method": "top_p"},
   "dynmoe": {"routing.method": "learned_threshold"},
-  "remoe": {"routing.method": "relu"},
-  "expert-threshold": {"routing.method": "expert_threshold"},
-  "expert-choice": {"routing.method": "expert_choice"},
-  "sequence-topk": {"routing.method": "sequence_topk"},
+  "remoe": {"routing.method": "relu"} | NO_LOSSES,
+  "expert-threshold": {"routing.method": "expert_threshold", "routing.k_min": 0} | NO_LOSSES,
+  "expert-choice": {"routing.method": "expert_choice"} | NO_LOSSES,
+  "sequence-topk": {"routing.method": "sequence_topk"} | GATE,
 }
 
 
@@ -67,7 +73,11 @@ def at_budget(name, method, budget, role, fields=None, **notes):
 
 
 def published(budget):
-  return [run for name, method in AT_A_BUDGET.items() for run in at_budget(name, method, budget, "control")]
+  return [
+    run
+    for name, (method, fields) in AT_A_BUDGET.items()
+    for run in at_budget(name, method, budget, "control", fields)
+  ]
 
 
 def ours(budget, controls="shuffled,by_layer,by_token,fixed", **notes):

@@ -6,7 +6,10 @@ lies the share of tokens that it is to get; so load is even and the mean count
 is the budget without an auxiliary loss. The gates are sigmoid scores.
 
 What k_max cuts off and k_min adds would move the mean: a controller moves the
-share until the budget holds.
+share until the budget holds. `k_min = 0` is as published. Published runs begin
+with thousands of steps of expert choice, so that no expert starves, and average
+over a thousand steps; here the thresholds start at the quantile of an untrained
+router's logits and follow faster, and every batch trains by them.
 """
 
 from statistics import NormalDist

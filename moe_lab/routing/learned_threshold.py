@@ -3,10 +3,13 @@
 DynMoE (arXiv 2405.14297): the score is the cosine of the token and the
 expert's embedding; the thresholds learn through a straight-through estimator;
 those taken share the output evenly. Its auxiliary loss keeps the experts'
-embeddings apart. A token that passes no threshold takes its k_min best.
+embeddings apart and short. A token that passes no threshold takes its k_min
+best, but none in training.
 
 The published method holds no budget: here a controller adds a level to all
-scores of a layer, so that it can be compared at equal compute.
+scores of a layer, so that it can be compared at equal compute. It also starts
+from orthogonal embeddings, and adds and removes experts as it trains: here
+their number stays.
 """
 
 from statistics import NormalDist
@@ -22,7 +25,7 @@ from moe_lab.routing.router import Router, per_token
 from moe_lab.routing.selection import best, first_slots, passing_count, replayed, router_logits, take
 from moe_lab.routing.steering import initial_level, steered
 
-DIVERSITY_WEIGHT = 1e-2
+EMBEDDING_WEIGHT = 1e-2  # of both losses, as published
 
 
 class LearnedThreshold(Router):
@@ -41,7 +44,8 @@ class LearnedThreshold(Router):
     over_TE = logits_TE - parameters["threshold_E"] + jnp.broadcast_to(level, x_TD.shape[:1])[:, None]
     score_TE = self.eligible(over_TE, context)
     expert_TK = best(score_TE, self.config.k_max, context)
-    count_T = replayed(passing_count(take(score_TE, expert_TK), self.config.k_min), context)
+    least = self.config.k_min if context.key is None else 0
+    count_T = replayed(passing_count(take(score_TE, expert_TK), least), context)
 
     # Taken or not is 1 or 0; its gradient is that of a sigmoid (straight-through).
     soft_TK = jax.nn.sigmoid(take(over_TE, expert_TK))
@@ -49,10 +53,13 @@ class LearnedThreshold(Router):
     assignment = first_slots(gate_TK, expert_TK, count_T, context.mask_T)
     gram_EE = unit_DE.T @ unit_DE
     apart = jnp.sqrt(jnp.square(gram_EE - jnp.eye(gram_EE.shape[0])).sum() + 1e-12)
-    return assignment, self.stats(logits_TE, assignment, context, sums={"diversity": context.mask_T.sum() * apart})
+    tokens, length = context.mask_T.sum(), jnp.linalg.norm(router_DE, axis=0).mean()
+    sums = {"diversity": tokens * apart, "simplicity": tokens * length}
+    return assignment, self.stats(logits_TE, assignment, context, sums=sums)
 
   def losses(self, stats: RouterStats, state: RouterState):
-    return {"diversity": (per_token(stats.sums["diversity"], stats.token_count).mean(), DIVERSITY_WEIGHT)}
+    names = ("diversity", "simplicity")
+    return {name: (per_token(stats.sums[name], stats.token_count).mean(), EMBEDDING_WEIGHT) for name in names}
 
   def method_state(self, num_layers: int, num_experts: int) -> dict[str, jax.Array]:
     # An untrained router's scores are normal: so many pass that the budget holds.

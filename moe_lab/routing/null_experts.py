@@ -2,14 +2,17 @@
 
 AdaMoE (arXiv 2406.13233) lets the K slots of a token choose among real and
 null experts; the null ones give zero. LongCat-Flash (arXiv 2509.01322) and
-MoE++ (arXiv 2410.07348) have some that give their input instead. A bias on the
-null experts' scores, moved by a controller as in LongCat-Flash, holds the mean
-number of real ones. Null experts take no row of the dispatch.
+MoE++ (arXiv 2410.07348) have some that give their input instead; of the latter,
+constant experts and gating residuals are not here. A bias on the null experts'
+scores, moved by a controller, holds the mean number of real ones: AdaMoE leaves
+that to a balance loss over both kinds, LongCat-Flash to the biases of the real
+experts. Null experts take no row of the dispatch.
 
-K is k_max, real and null together. The gates are a softmax over those K, so
-null experts take their part away; AdaMoE renormalises over the real ones, which
-lost quality here where counts vary (see `selection.assign`). `k_min = 0` lets a
-token have null experts only, as published.
+K is k_max, real and null together. With "zero" the gates are a softmax over
+those K, so null experts take their part away; AdaMoE renormalises over the real
+ones, which lost quality here where counts vary (see `selection.assign`). With
+"identity" they are a softmax over all experts of both kinds, as in
+LongCat-Flash. `k_min = 0` lets a token have null experts only, as published.
 """
 
 import jax
@@ -46,11 +49,15 @@ class NullExperts(Router):
     count_T = real_count(take(score_TE, expert_TK), jax.lax.stop_gradient(null_TU) + bias[:, None])
     count_T = replayed(jnp.clip(count_T, self.config.k_min, slots), context)
 
+    total_T = jax.nn.logsumexp(jnp.concatenate([logits_TE, null_TU], axis=1), axis=-1)
     # The slots that real experts leave go to the best null ones, as far as there are any.
     null_TU = jax.lax.top_k(null_TU, min(slots, num_null))[0]
     null_TU = jnp.where(jnp.arange(null_TU.shape[1]) < (slots - count_T)[:, None], null_TU, -jnp.inf)
     real_TK = jnp.where(jnp.arange(slots) < count_T[:, None], take(logits_TE, expert_TK), -jnp.inf)
-    gate_TX = jax.nn.softmax(jnp.concatenate([real_TK, null_TU], axis=1), axis=-1)
+    chosen_TX = jnp.concatenate([real_TK, null_TU], axis=1)
+    if self.config.null_output == "zero":
+      total_T = jax.nn.logsumexp(chosen_TX, axis=-1)
+    gate_TX = jnp.exp(chosen_TX - total_T[:, None])
     assignment = first_slots(gate_TX[:, :slots], expert_TK, count_T, context.mask_T)
     if self.config.null_output == "identity":
       assignment = assignment._replace(identity_T=gate_TX[:, slots:].sum(-1) * context.mask_T)

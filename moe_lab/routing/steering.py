@@ -2,9 +2,9 @@
 
 The level is a number without unit; a higher one means more experts. What it
 moves is the method's affair: a threshold on probability, a bias on null
-experts. Errors are relative to the budget, so that the gains suit all.
-DTop-p (arXiv 2512.13996) steers so the threshold of top-p, LongCat-Flash
-(arXiv 2509.01322) the bias of null experts.
+experts. Errors are relative to the budget, so that the gains, which are ours,
+suit all. DTop-p (arXiv 2512.13996) steers the threshold of top-p by such a
+controller, LongCat-Flash (arXiv 2509.01322) the biases of experts.
 """
 
 import jax

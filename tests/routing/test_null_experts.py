@@ -38,7 +38,9 @@ def test_gates_share_with_the_null_experts(make_context):
 
 def test_identity_gives_the_input_back(make_context):
   assignment, _ = route(make_context, null_output="identity")
-  np.testing.assert_allclose(assignment.identity_T, [3 / 15, 48 / 56], rtol=1e-5)
+  # Of all experts' weight, taken or not: 21 and 63.
+  np.testing.assert_allclose(assignment.identity_T, [3 / 21, 48 / 63], rtol=1e-5)
+  np.testing.assert_allclose(assignment.gate_TK, [[8 / 21, 4 / 21, 0], [8 / 63, 0, 0]], rtol=1e-5)
 
 
 def test_a_generous_level_is_a_handicap_of_the_null_experts(make_context):

@@ -13,10 +13,10 @@ from moe_lab.routing.learned_threshold import LearnedThreshold
 from moe_lab.routing.relu import ReLU
 
 
-def route(router, make_context, parameters, x_TD, mask_T=None):
+def route(router, make_context, parameters, x_TD, mask_T=None, key=None):
   context = make_context(x_TD.shape[0], parameters["router_DE"].shape[1], dim=x_TD.shape[1])
   state = jax.tree.map(lambda leaf: leaf[0], router.initial_state(1, parameters["router_DE"].shape[1]))
-  context = context._replace(state=state, mask_T=context.mask_T if mask_T is None else jnp.asarray(mask_T))
+  context = context._replace(state=state, key=key, mask_T=context.mask_T if mask_T is None else jnp.asarray(mask_T))
   return router(parameters, x_TD, context)
 
 
@@ -31,19 +31,25 @@ def test_relu_by_hand(make_context):
   np.testing.assert_array_equal(stats.count_T, [2, 1, 0, 0])  # of three gates the two largest
   np.testing.assert_allclose(assignment.gate_TK, [[2.0, 0.5], [0.75, 0], [0, 0], [0, 0]])
   np.testing.assert_allclose(stats.sums["gate_E"], [0.5, 0, 2.0, 1.0])
-  # Rows 1, 0, 1, 1 of 3: loads 4/3, 0, 4/3, 4/3. Sum of load times mean gate: 4/3 * (0.5 + 2 + 1) / 3.
+  # Open for 1, 0, 1 and 2 of 3 tokens, where 2 of 4 is the fair share: 2/3, 0, 2/3, 4/3 of it, whatever k_max cuts
+  # off. Sum of that times the mean gate: (2/3 * 0.5 + 2/3 * 2 + 4/3 * 1) / 3.
   stacked = jax.tree.map(lambda leaf: leaf[None], stats)
   loss, weight = router.losses(stacked, router.initial_state(1, 4))["gate_l1"]
-  assert loss == pytest.approx(4 / 3 * 3.5 / 3) and weight == pytest.approx(1e-8)
+  assert loss == pytest.approx(1.0) and weight == pytest.approx(1e-8)
 
 
 def test_relus_coefficient_follows_the_error():
   router = ReLU(RoutingConfig(method="relu", budget=2.0))
   state = router.initial_state(2, 4)
-  assert router.updated_method_state(state, seen([3.0, 2.0]))["l1"][0] == pytest.approx(1.2e-8)
-  assert router.updated_method_state(state, seen([1.0, 2.0]))["l1"][0] == pytest.approx(1e-8 / 1.2)
+
+  def coefficient(*open_gates):  # of a token in each layer; what k_max left of them does not matter
+    sums = {"open_E": 10 * jnp.asarray(open_gates)[:, None] * jnp.full(4, 0.25)}
+    return router.updated_method_state(state, seen([2.0, 2.0], sums, 10.0))["l1"][0]
+
+  assert coefficient(3.0, 2.0) == pytest.approx(1.2e-8)
+  assert coefficient(1.0, 2.0) == pytest.approx(1e-8 / 1.2)
   # Five per cent over is half of what counts in full.
-  assert router.updated_method_state(state, seen([2.2, 2.0]))["l1"][0] == pytest.approx(1e-8 * 1.2**0.5)
+  assert coefficient(2.2, 2.0) == pytest.approx(1e-8 * 1.2**0.5)
 
 
 def test_learned_thresholds_by_hand(make_context):
@@ -58,6 +64,10 @@ def test_learned_thresholds_by_hand(make_context):
   np.testing.assert_array_equal(assignment.expert_TK[:2, 0], [0, 0])  # furthest over its threshold
   np.testing.assert_allclose(assignment.gate_TK, [[0.5, 0.5, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]], rtol=1e-6)
   assert stats.sums["diversity"] == pytest.approx(0, abs=1e-5)  # orthogonal already
+  assert stats.sums["simplicity"] == pytest.approx(3 * 3.0)  # three tokens, lengths of 3
+  # In training a token that passes nothing takes nothing.
+  _, stats = route(router, make_context, parameters, x_TD, key=jax.random.key(0))
+  np.testing.assert_array_equal(stats.count_T, [2, 1, 0])
 
   def gates(threshold_E):
     return route(router, make_context, parameters | {"threshold_E": threshold_E}, x_TD[:2])[0].gate_TK.sum()

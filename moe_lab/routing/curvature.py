@@ -26,10 +26,11 @@ from moe_lab.config.schema import ModelConfig
 from moe_lab.routing.base import Assignment, Observed, PolicyTerms, RouterContext, RouterState, RouterStats
 from moe_lab.routing.budget import BudgetState
 from moe_lab.routing.budget_table import at, knots, table_shape, targets
-from moe_lab.routing.dynamic import POLICY_WIDTH, head, num_policy_features, policy_features, ranked_log_gates
+from moe_lab.routing.dynamic import head, policy_features
 from moe_lab.routing.router import Router, per_token
-from moe_lab.routing.selection import assign, replayed, router_logits
+from moe_lab.routing.selection import assign, replayed, router_logits, take
 
+HEAD_WIDTH = 8  # hidden units: 16 and 32 cost more and did no better (experiments/routing_study/LOG.md)
 START = -7.0  # log of the value before learning, in nats: what an expert is worth to a token in a small model
 # The policy's sharpness is how fast its choice turns with log value: nothing in the warm-up, then growing by so much in
 # each time as long (and never faster than the controllers follow), up to a bound at which what is trained is all but
@@ -80,22 +81,20 @@ class CurvatureValued(Router):
   """The `dynamic` method with `routing.learner = curvature`."""
 
   def parameters(self, model: ModelConfig):
-    features, steps = num_policy_features(model, self.config), self.config.k_max - self.config.k_min
+    features, steps = model.dim + 1, self.config.k_max - self.config.k_min
+    if self.config.policy_input == "hidden":
+      features += self.config.k_max
     return super().parameters(model) | {
-      "policy_in": ((features, POLICY_WIDTH), features**-0.5),
-      "policy_bias": ((POLICY_WIDTH,), 0.0),
-      "policy_out": ((POLICY_WIDTH, steps), 0.0),
+      "policy_in": ((features, HEAD_WIDTH), features**-0.5),
+      "policy_bias": ((HEAD_WIDTH,), 0.0),
+      "policy_out": ((HEAD_WIDTH, steps), 0.0),
     }
 
   def __call__(self, parameters, x_TD: jax.Array, context: RouterContext) -> tuple[Assignment, RouterStats]:
     k_min, k_max, state = self.config.k_min, self.config.k_max, context.state.method
     logits_TE = router_logits(x_TD, parameters["router_DE"])
     expert_TK = self.ranked(logits_TE, context)
-    log_gate_TK = ranked_log_gates(logits_TE, expert_TK)
-    # S = k_max - k_min experts beyond the first k_min.
-    above_TS = head(parameters, "policy", policy_features(x_TD, log_gate_TK, context, self.config))
-    if self.config.policy_input == "hidden":
-      above_TS += 2 * log_gate_TK[:, k_min:]
+    above_TS = self._log_values(parameters, x_TD, logits_TE, expert_TK, context)
     known_TS = jax.lax.stop_gradient(above_TS)
 
     def first_stop(goes_on_TS):
@@ -118,6 +117,17 @@ class CurvatureValued(Router):
     policy = self._terms(going_on_TS, count_T, greedy_T)
     sums = {"log_value": context.mask_T.astype(jnp.float32) @ known_TS.mean(1)}
     return assignment._replace(gate_TK=gate_TK), self.stats(logits_TE, assignment, context, policy, sums)
+
+  def _log_values(self, parameters, x_TD, logits_TE, expert_TK, context: RouterContext) -> jax.Array:
+    """Returns what each of the S = k_max - k_min experts beyond the first k_min is worth: log over START, [T, S]."""
+    features = policy_features(x_TD, context, self.config)
+    if self.config.policy_input == "token":  # a control, which shall not see the gates either
+      return head(parameters, "policy", features)
+    # Of the softmax over all experts, over a fair share.
+    log_gate_TK = take(jax.nn.log_softmax(logits_TE, axis=-1), expert_TK) + np.log(logits_TE.shape[1])
+    log_gate_TK = jax.lax.stop_gradient(log_gate_TK)
+    features = jnp.concatenate([features, log_gate_TK], axis=1)
+    return head(parameters, "policy", features) + 2 * log_gate_TK[:, self.config.k_min :]
 
   def _sharpness(self, steps: jax.Array) -> jax.Array:
     warmup = self.config.warmup_steps

@@ -8,7 +8,6 @@ an allocator by PPO on a frozen model.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from moe_lab.config.schema import ModelConfig, RoutingConfig
 from moe_lab.routing import budget as budget_control
@@ -24,11 +23,11 @@ from moe_lab.routing.budget import BudgetState
 from moe_lab.routing.budget_table import at
 from moe_lab.routing.count_policy import budget_log_prior, calibrated_shift, entropy, expected_count, greedy_count
 from moe_lab.routing.router import Router
-from moe_lab.routing.selection import assign, replayed, router_logits, take
+from moe_lab.routing.selection import assign, replayed, router_logits
 
 WITH_VALUE_HEAD = ("value", "ppo")
 TEMPERATURE = 1.0  # of the relaxed counts
-POLICY_WIDTH = 8  # hidden units of the policy and of the value head: 16 and 32 cost more and did no better
+POLICY_WIDTH = 32  # hidden units of the policy and of the value head
 
 
 def head(parameters, name: str, features_TD):
@@ -37,28 +36,11 @@ def head(parameters, name: str, features_TD):
   return hidden @ parameters[f"{name}_out"]
 
 
-def ranked_log_gates(logits_TE: jax.Array, expert_TK: jax.Array) -> jax.Array:
-  """Returns the log of each chosen expert's share of the softmax over all, over a fair share; without gradient."""
-  log_gate_TK = take(jax.nn.log_softmax(logits_TE, axis=-1), expert_TK)
-  return jax.lax.stop_gradient(log_gate_TK) + np.log(logits_TE.shape[1])
-
-
-def num_policy_features(model: ModelConfig, config: RoutingConfig) -> int:
-  """Returns how many numbers `policy_features` gives for each token."""
-  return model.dim + 1 + (config.k_max if config.policy_input == "hidden" else 0)
-
-
-def policy_features(
-  x_TD: jax.Array, log_gate_TK: jax.Array, context: RouterContext, config: RoutingConfig
-) -> jax.Array:
-  """Returns what the policy reads, none of it with a gradient into the trunk.
-
-  The hidden state, the budget, and how fast the router's gates fall off from one expert to the next; or, as a control,
-  the token's embedding and the budget.
-  """
+def policy_features(x_TD: jax.Array, context: RouterContext, config: RoutingConfig) -> jax.Array:
+  """Returns what the policy reads: the hidden state (or the token's embedding), without gradient, and the budget."""
+  seen_TD = x_TD if config.policy_input == "hidden" else context.embedding_TD
   budget_T1 = context.budget_T[:, None] / config.k_max
-  seen = [x_TD, budget_T1, log_gate_TK] if config.policy_input == "hidden" else [context.embedding_TD, budget_T1]
-  return jax.lax.stop_gradient(jnp.concatenate([part.astype(jnp.float32) for part in seen], axis=1))
+  return jnp.concatenate([jax.lax.stop_gradient(seen_TD).astype(jnp.float32), budget_T1], axis=1)
 
 
 def with_soft_count(assignment: Assignment, perturbed_TA: jax.Array, k_min: int, learning: jax.Array) -> Assignment:
@@ -85,7 +67,7 @@ class Dynamic(Router):
   """The `dynamic` method: k_min..k_max experts per token, `budget` on average."""
 
   def parameters(self, model: ModelConfig):
-    features = num_policy_features(model, self.config)
+    features = model.dim + 1  # the hidden state and the budget
     shapes = super().parameters(model)
     heads = {"policy": self.config.k_max - self.config.k_min + 1}
     if self.config.learner in WITH_VALUE_HEAD:
@@ -101,7 +83,7 @@ class Dynamic(Router):
     logits_TE = router_logits(x_TD, parameters["router_DE"])
     expert_TK = self.ranked(logits_TE, context)
 
-    features = policy_features(x_TD, ranked_log_gates(logits_TE, expert_TK), context, self.config)
+    features = policy_features(x_TD, context, self.config)
     log_prob_TA = jax.nn.log_softmax(
       head(parameters, "policy", features) + budget_log_prior(context.budget_T, k_min, k_max), axis=-1
     )

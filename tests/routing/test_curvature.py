@@ -78,6 +78,22 @@ def test_the_greedy_count_is_the_first_value_below_the_price(make_context):
   np.testing.assert_array_equal(stats.count_T, [2, 1, 4, 3])
 
 
+def test_greedy_counts_know_nothing_of_dropped_experts(make_context):
+  router = make_router(dataclasses.replace(CONFIG, expert_dropout=0.4))
+  rng = np.random.default_rng(0)
+  parameters = {name: jnp.asarray(rng.normal(size=array.shape)) for name, array in zeros_of(router, 8).items()}
+  x_TD = jnp.asarray(rng.normal(size=(200, 8)), jnp.float32)
+  state = jax.tree.map(lambda leaf: leaf[0], router.initial_state(1, 6))
+  level, price = 0.3, 1.2
+  method = {"level": jnp.asarray(level), "price": jnp.asarray(price), "threshold": jnp.asarray(level + price)}
+  state = state._replace(method=state.method | method)
+  _, inference = router(parameters, x_TD, make_context(200, 6, state=state))
+  assignment, training = router(parameters, x_TD, make_context(200, 6, key=jax.random.key(0), state=state))
+  assert len(np.unique(assignment.expert_TK)) < 6  # some are dropped
+  assert len(np.unique(inference.count_T)) > 2
+  np.testing.assert_array_equal(training.policy.greedy_count_T, inference.count_T)
+
+
 def test_the_value_falls_with_the_square_of_the_gate(make_context):
   router = make_router(CONFIG)
   state = jax.tree.map(lambda leaf: leaf[0], router.initial_state(1, 6))

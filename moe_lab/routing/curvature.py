@@ -99,6 +99,8 @@ class CurvatureValued(Router):
     known_TS = jax.lax.stop_gradient(above_TS)
 
     def first_stop(goes_on_TS):
+      # A budget of k_min leaves nothing to decide; a price read between the knots of a table would not be high enough.
+      goes_on_TS &= context.budget_T[:, None] > k_min
       return k_min + jnp.cumprod(goes_on_TS.astype(jnp.int32), axis=1).sum(1)
 
     price, threshold, odds = (

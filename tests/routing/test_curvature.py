@@ -78,6 +78,17 @@ def test_the_greedy_count_is_the_first_value_below_the_price(make_context):
   np.testing.assert_array_equal(stats.count_T, [2, 1, 4, 3])
 
 
+def test_the_least_budget_gets_the_least_count(make_context):
+  router = make_router(dataclasses.replace(CONFIG, budget_range=(1.0, 4.0)))
+  state = jax.tree.map(lambda leaf: leaf[0], router.initial_state(1, 6))
+  for key in (None, jax.random.key(0)):
+    context = make_context(400, 6, key=key, state=state)
+    context = context._replace(budget_T=jnp.where(jnp.arange(400) < 200, 1.0, 1.5))
+    parameters = zeros_of(router, 8) | {"router_DE": jax.random.normal(jax.random.key(1), (8, 6))}
+    _, stats = router(parameters, jax.random.normal(jax.random.key(2), (400, 8)), context)
+    assert (stats.count_T[:200] == 1).all() and (stats.count_T[200:] > 1).any()
+
+
 def test_greedy_counts_know_nothing_of_dropped_experts(make_context):
   router = make_router(dataclasses.replace(CONFIG, expert_dropout=0.4))
   rng = np.random.default_rng(0)

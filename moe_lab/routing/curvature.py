@@ -9,8 +9,8 @@ takes in what the expert does to later tokens too, costs no second rollout, and
 needs no baseline: an unpredictable token moves the loss, but the experts
 hardly move its prediction, so its slopes are small.
 
-The slope in m is the gate times the loss's slope in the expert's output, so the
-value is the gate's square, which the router gives at no cost, times what a head
+The slope in m is the gate times the loss's slope in the expert's output (and, where gates have a length in common, what
+the others gain by its leaving), so the value is the gate's square, which the router gives at no cost, times what a head
 regresses from the hidden state and the fall of the gates. The policy goes on to
 the next expert with a probability that rises with value over price, one price
 for all layers: nats are nats wherever they are spent. Controllers move the price until
@@ -28,7 +28,7 @@ from moe_lab.routing.budget import BudgetState
 from moe_lab.routing.budget_table import at, knots, table_shape, targets
 from moe_lab.routing.dynamic import head, policy_features
 from moe_lab.routing.router import Router, per_token
-from moe_lab.routing.selection import assign, replayed, router_logits, take
+from moe_lab.routing.selection import assign, replayed, take
 
 HEAD_WIDTH = 8  # hidden units: 16 and 32 cost more and did no better (experiments/routing_study/LOG.md)
 START = -7.0  # log of the value before learning, in nats: what an expert is worth to a token in a small model
@@ -39,11 +39,14 @@ SHARPENING, SHARPEST, LEAST_STEPS = 4.0, 16.0, 100
 RATE = 0.3  # of the price controllers, per step and relative error: 0.1 lagged 9% behind while the policy sharpened
 LEVEL_DECAY = 0.9  # of the mean log value, a step: batches differ, and the last one's mean is not inference's
 THRESHOLD_DECAY = 0.95  # of what inference goes by, a step
+LEAST_REST = 0.01  # of the squared gates, which the others are taken to have at least where one is left out
 RATIO_BOUND = 20.0  # of observed over predicted value: squares of slopes have heavy tails
 
 
 @jax.custom_vjp
-def observe_value(gate_TK: jax.Array, log_value_TK: jax.Array, last_TK: jax.Array, tokens: jax.Array) -> jax.Array:
+def observe_value(
+  gate_TK: jax.Array, growth_TK: jax.Array, log_value_TK: jax.Array, last_TK: jax.Array, tokens: jax.Array
+) -> jax.Array:
   """Returns the gates unchanged; in the backward pass their slopes become the targets of `log_value_TK`.
 
   The slopes exist only there, so that is where the head's gradient is made: of the mean over observed slots
@@ -52,6 +55,7 @@ def observe_value(gate_TK: jax.Array, log_value_TK: jax.Array, last_TK: jax.Arra
 
   Args:
     gate_TK: float32, of the experts that run.
+    growth_TK: float32, by how many times a token's other gates grow where this expert is left out.
     log_value_TK: float32, the head's prediction, in log nats.
     last_TK: float32, 1 for each token's last expert, the one that the decision was about; others are not observed.
     tokens: [], whose mean loss it is that has a gradient here.
@@ -60,11 +64,14 @@ def observe_value(gate_TK: jax.Array, log_value_TK: jax.Array, last_TK: jax.Arra
 
 
 def _observe_backward(saved, d_gate_TK):
-  gate_TK, log_value_TK, last_TK, tokens = saved
-  target_TK = 0.5 * jnp.square(d_gate_TK * gate_TK * tokens)
+  gate_TK, growth_TK, log_value_TK, last_TK, tokens = saved
+  part_TK = d_gate_TK * gate_TK
+  others_TK = part_TK.sum(1, keepdims=True) - part_TK
+  slope_TK = ((growth_TK - 1) * others_TK - part_TK) * tokens
+  target_TK = 0.5 * jnp.square(slope_TK)
   ratio_TK = jnp.minimum(target_TK * jnp.exp(-log_value_TK), RATIO_BOUND)
   d_log_value_TK = last_TK * (1 - ratio_TK) / jnp.maximum(last_TK.sum(), 1)
-  return d_gate_TK, d_log_value_TK, None, None
+  return d_gate_TK, None, d_log_value_TK, None, None
 
 
 observe_value.defvjp(lambda *inputs: (inputs[0], inputs), _observe_backward)
@@ -93,7 +100,7 @@ class CurvatureValued(Router):
 
   def __call__(self, parameters, x_TD: jax.Array, context: RouterContext) -> tuple[Assignment, RouterStats]:
     k_min, k_max, state = self.config.k_min, self.config.k_max, context.state.method
-    logits_TE = router_logits(x_TD, parameters["router_DE"])
+    logits_TE = self.logits(parameters, x_TD)
     expert_TK = self.ranked(logits_TE, context)
     above_TS = self._log_values(parameters, x_TD, logits_TE, expert_TK, context)
     known_TS = jax.lax.stop_gradient(above_TS)
@@ -122,7 +129,9 @@ class CurvatureValued(Router):
     last_TK = (slot_K == count_T[:, None] - 1) & (slot_K >= k_min) & context.mask_T[:, None]
     log_value_TK = jnp.pad(START + above_TS, ((0, 0), (k_min, 0)))
     tokens = jnp.maximum(context.mask_T.sum(), 1).astype(jnp.float32)
-    gate_TK = observe_value(assignment.gate_TK, log_value_TK, last_TK.astype(jnp.float32), tokens)
+    gate_TK = observe_value(
+      assignment.gate_TK, self._growth(assignment.gate_TK), log_value_TK, last_TK.astype(jnp.float32), tokens
+    )
 
     policy = self._terms(going_on_TS, count_T, greedy_T)
     sums = {"log_value": context.mask_T.astype(jnp.float32) @ known_TS.mean(1)}
@@ -137,7 +146,15 @@ class CurvatureValued(Router):
     log_gate_TK = take(jax.nn.log_softmax(logits_TE, axis=-1), expert_TK) + np.log(logits_TE.shape[1])
     log_gate_TK = jax.lax.stop_gradient(log_gate_TK)
     features = jnp.concatenate([features, log_gate_TK], axis=1)
+    if self.config.gate == "softmax_unit":  # an expert's gate if it is the last, which is when it is asked about
+      log_gate_TK = log_gate_TK - 0.5 * jnp.log(jnp.cumsum(jnp.exp(2 * log_gate_TK), axis=1))
     return head(parameters, "policy", features) + 2 * log_gate_TK[:, self.config.k_min :]
+
+  def _growth(self, gate_TK: jax.Array) -> jax.Array:
+    """Returns by how many times a token's other gates grow where an expert is left out: see `observe_value`."""
+    if self.config.gate != "softmax_unit":
+      return jnp.ones_like(gate_TK)
+    return jax.lax.rsqrt(jnp.maximum(1 - jnp.square(jax.lax.stop_gradient(gate_TK)), LEAST_REST))
 
   def _without_dropout(self, parameters, x_TD, logits_TE, known_TS, context: RouterContext) -> jax.Array:
     """Returns the log values of the experts that inference would take, where none is dropped.

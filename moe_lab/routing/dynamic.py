@@ -23,7 +23,7 @@ from moe_lab.routing.budget import BudgetState
 from moe_lab.routing.budget_table import at
 from moe_lab.routing.count_policy import budget_log_prior, calibrated_shift, entropy, expected_count, greedy_count
 from moe_lab.routing.router import Router
-from moe_lab.routing.selection import assign, replayed, router_logits
+from moe_lab.routing.selection import assign, replayed
 
 WITH_VALUE_HEAD = ("value", "ppo")
 TEMPERATURE = 1.0  # of the relaxed counts
@@ -80,7 +80,7 @@ class Dynamic(Router):
 
   def __call__(self, parameters, x_TD: jax.Array, context: RouterContext) -> tuple[Assignment, RouterStats]:
     k_min, k_max = self.config.k_min, self.config.k_max
-    logits_TE = router_logits(x_TD, parameters["router_DE"])
+    logits_TE = self.logits(parameters, x_TD)
     expert_TK = self.ranked(logits_TE, context)
 
     features = policy_features(x_TD, context, self.config)

@@ -16,7 +16,7 @@ import numpy as np
 from moe_lab.routing.base import Assignment, Observed, RouterContext, RouterState, RouterStats
 from moe_lab.routing.budget_table import at, knots
 from moe_lab.routing.router import Router, per_token
-from moe_lab.routing.selection import assign, replayed, router_logits
+from moe_lab.routing.selection import assign, replayed
 from moe_lab.routing.steering import initial_level, steered
 
 SPREAD = 0.6  # of log count, a standard deviation of entropy: counts 1, 2, 4 are one deviation apart, about
@@ -33,7 +33,7 @@ class EntropyRule(Router):
   """The `entropy_rule` method."""
 
   def __call__(self, parameters, x_TD: jax.Array, context: RouterContext) -> tuple[Assignment, RouterStats]:
-    logits_TE = router_logits(x_TD, parameters["router_DE"])
+    logits_TE = self.logits(parameters, x_TD)
     log_prob_TE = jax.nn.log_softmax(jax.lax.stop_gradient(logits_TE), axis=-1)
     entropy_T = -(jnp.exp(log_prob_TE) * log_prob_TE).sum(-1)
     state = context.state.method

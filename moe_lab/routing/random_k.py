@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from moe_lab.routing.base import Assignment, RouterContext, RouterStats
 from moe_lab.routing.count_policy import budget_log_prior
 from moe_lab.routing.router import Router
-from moe_lab.routing.selection import assign, replayed, router_logits
+from moe_lab.routing.selection import assign, replayed
 
 
 def hash_uniform(x_TD: jax.Array) -> jax.Array:
@@ -31,7 +31,7 @@ class RandomK(Router):
 
   def __call__(self, parameters, x_TD: jax.Array, context: RouterContext) -> tuple[Assignment, RouterStats]:
     k_min, k_max = self.config.k_min, self.config.k_max
-    logits_TE = router_logits(x_TD, parameters["router_DE"])
+    logits_TE = self.logits(parameters, x_TD)
     expert_TK = self.ranked(logits_TE, context)
     if self.config.count_shares:
       shares_A = jnp.asarray(self.config.count_shares)

@@ -19,7 +19,7 @@ from moe_lab.routing.base import (
 )
 from moe_lab.routing.budget import BudgetState
 from moe_lab.routing.budget_table import table_shape
-from moe_lab.routing.selection import best, eligible_scores
+from moe_lab.routing.selection import best, eligible_scores, router_logits, standardised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +37,19 @@ class Router:
 
   def parameters(self, model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]:
     """Names the parameters of one layer: shape and standard deviation at the start (0: zeros)."""
-    return {"router_DE": ((model.dim, model.num_experts), model.dim**-0.5)}
+    scale = {"log_scale": ((1,), 0.0)} if self.config.standardise else {}
+    return {"router_DE": ((model.dim, model.num_experts), model.dim**-0.5)} | scale
 
   def __call__(
     self, parameters: dict[str, jax.Array], x_TD: jax.Array, context: RouterContext
   ) -> tuple[Assignment, RouterStats]:
     """Routes the tokens of one layer."""
     raise NotImplementedError
+
+  def logits(self, parameters: dict[str, jax.Array], x_TD: jax.Array) -> jax.Array:
+    """Returns logits_TE, float32; `standardised` where the configuration says so."""
+    logits_TE = router_logits(x_TD, parameters["router_DE"])
+    return standardised(logits_TE, parameters["log_scale"]) if self.config.standardise else logits_TE
 
   def eligible(self, score_TE: jax.Array, context: RouterContext) -> jax.Array:
     """Returns what the choice of experts goes by; see `eligible_scores`."""

@@ -6,10 +6,20 @@ import jax.numpy as jnp
 from moe_lab.routing.base import Assignment, RouterContext
 from moe_lab.routing.dropout import dropped_experts
 
+TINY = 1e-12  # square of gates too small to matter; padding has none
+
 
 def router_logits(x_TD: jax.Array, router_DE: jax.Array) -> jax.Array:
   """Returns logits_TE in float32 whatever the activations' type."""
   return jnp.einsum("TD,DE->TE", x_TD.astype(jnp.float32), router_DE)
+
+
+def standardised(logits_TE: jax.Array, log_scale: jax.Array) -> jax.Array:
+  """Returns logits of mean 0 over the experts and of a learned deviation, 1 at the start (DTop-p, arXiv 2512.13996).
+
+  How sharp the gates are then does not hang on how large the hidden state has become.
+  """
+  return jnp.exp(log_scale) * jax.nn.standardize(logits_TE, axis=-1)
 
 
 def take(values_TE: jax.Array, expert_TK: jax.Array) -> jax.Array:
@@ -89,10 +99,10 @@ def assign(
 ) -> Assignment:
   """Gives each token its first `count_T` experts.
 
-  The gates do not depend on the count: one more expert adds its part and leaves
-  the others' alone. Renormalising over the chosen rescales every part with the
-  count, and models trained so lost from a fourth expert on
-  (experiments/difficulty/LOG.md).
+  Gates but softmax_unit do not depend on the count: one more expert adds its part and leaves the others' alone, and a
+  token's output grows with its count. Under softmax_unit it keeps its size: outputs of different experts are all but
+  orthogonal, so the sum's length goes with that of the gates. Gates that sum to one shrink it with the count, and
+  models trained so lost from a fourth expert on (experiments/difficulty/LOG.md).
 
   Args:
     logits_TE: of the router.
@@ -101,13 +111,18 @@ def assign(
     mask_T: False for padding.
     gate: softmax_chosen (over the K slots; with count K the gates sum to one: Mixtral, arXiv 2401.04088) |
       softmax_all (over all experts: Switch, arXiv 2101.03961; with one expert the router learns through it) |
+      softmax_unit (that, over its Euclidean length over the experts taken; with one expert the constant one) |
       sigmoid (scores divided by their sum over the K slots: DeepSeek-V3, arXiv 2412.19437).
   """
   if gate == "softmax_chosen":
     gate_TK = jax.nn.softmax(take(logits_TE, expert_TK), axis=-1)
-  elif gate == "softmax_all":
+  elif gate in ("softmax_all", "softmax_unit"):
     gate_TK = take(jax.nn.softmax(logits_TE, axis=-1), expert_TK)
   else:
     score_TK = jax.nn.sigmoid(take(logits_TE, expert_TK))
     gate_TK = score_TK / score_TK.sum(-1, keepdims=True)
-  return first_slots(gate_TK, expert_TK, count_T, mask_T)
+  assignment = first_slots(gate_TK, expert_TK, count_T, mask_T)
+  if gate == "softmax_unit":
+    square_T1 = jnp.square(assignment.gate_TK).sum(-1, keepdims=True)
+    assignment = assignment._replace(gate_TK=assignment.gate_TK * jax.lax.rsqrt(jnp.maximum(square_T1, TINY)))
+  return assignment

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from moe_lab.routing.base import Assignment, RouterContext, RouterStats
 from moe_lab.routing.router import Router
-from moe_lab.routing.selection import assign, replayed, router_logits, take
+from moe_lab.routing.selection import assign, replayed, take
 
 
 def counts_of_best(score_BX: jax.Array, total_B: jax.Array, slots: int) -> jax.Array:
@@ -26,7 +26,7 @@ class SequenceTopK(Router):
 
   def __call__(self, parameters, x_TD: jax.Array, context: RouterContext) -> tuple[Assignment, RouterStats]:
     slots, rows = self.config.k_max, context.num_sequences
-    logits_TE = router_logits(x_TD, parameters["router_DE"])
+    logits_TE = self.logits(parameters, x_TD)
     expert_TK = self.ranked(logits_TE, context)
     score_TK = take(jax.nn.softmax(logits_TE, axis=-1), expert_TK)
     score_TK += jnp.arange(slots) < self.config.k_min  # probabilities are at most 1: these come first

@@ -19,7 +19,7 @@ from moe_lab.config.schema import ModelConfig
 from moe_lab.routing.base import Assignment, Observed, RouterContext, RouterState, RouterStats
 from moe_lab.routing.budget_table import at, knots
 from moe_lab.routing.router import Router, per_token
-from moe_lab.routing.selection import best, first_slots, replayed, router_logits, take
+from moe_lab.routing.selection import best, first_slots, replayed, standardised, take
 from moe_lab.routing.steering import initial_level, steered
 
 
@@ -31,10 +31,6 @@ def count_to_reach(prob_TK: jax.Array, threshold: jax.Array) -> jax.Array:
 
 class TopP(Router):
   """The `top_p` method: experts until their probabilities reach `config.top_p`, k_min..k_max of them."""
-
-  def logits(self, parameters, x_TD: jax.Array) -> jax.Array:
-    """Returns logits_TE."""
-    return router_logits(x_TD, parameters["router_DE"])
 
   def threshold(self, context: RouterContext) -> jax.Array | float:
     """Returns p, [] or [T]."""
@@ -68,7 +64,7 @@ class TopPSteered(TopP):
     return super().parameters(model) | {"log_scale": ((1,), 0.0)}
 
   def logits(self, parameters, x_TD: jax.Array) -> jax.Array:
-    return jnp.exp(parameters["log_scale"]) * jax.nn.standardize(super().logits(parameters, x_TD), axis=-1)
+    return standardised(super().logits(parameters, x_TD), parameters["log_scale"])
 
   def threshold(self, context: RouterContext) -> jax.Array:
     return jax.nn.sigmoid(at(context.state.method["level"], context.budget_T, self.config))

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 
 from moe_lab.routing.base import Assignment, RouterContext, RouterStats
 from moe_lab.routing.router import Router
-from moe_lab.routing.selection import assign, replayed, router_logits
+from moe_lab.routing.selection import assign, replayed
 
 
 class TopK(Router):
   """The `topk` method; `config.k` experts per token."""
 
   def __call__(self, parameters, x_TD: jax.Array, context: RouterContext) -> tuple[Assignment, RouterStats]:
-    logits_TE = router_logits(x_TD, parameters["router_DE"])
+    logits_TE = self.logits(parameters, x_TD)
     count_T = replayed(jnp.full(x_TD.shape[0], self.config.k), context)
     expert_TK = self.ranked(logits_TE, context)
     assignment = assign(logits_TE, expert_TK, count_T, context.mask_T, self.config.gate)

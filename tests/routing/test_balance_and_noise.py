@@ -28,6 +28,27 @@ def test_gates_over_all_experts_and_by_sigmoid():
   np.testing.assert_allclose(gate_TK, np.array([[8 / 9, 4 / 5, 0], [8 / 9, 0, 0]]) / (8 / 9 + 4 / 5 + 2 / 3), rtol=1e-5)
 
 
+def test_gates_of_length_one():
+  # Of 8 and 4 the length is sqrt(80); alone an expert has all of it. Padding has nothing, and a finite gradient.
+  gate_TK = assign(LOGITS, EXPERTS, COUNTS, MASK, "softmax_unit").gate_TK
+  np.testing.assert_allclose(gate_TK, [[8 / 80**0.5, 4 / 80**0.5, 0], [1, 0, 0]], rtol=1e-5)
+  nobody = jnp.zeros(2, bool)
+  gradient = jax.grad(lambda logits: assign(logits, EXPERTS, COUNTS, nobody, "softmax_unit").gate_TK.sum())(LOGITS)
+  np.testing.assert_array_equal(gradient, 0)
+
+
+def test_standardised_logits_do_not_grow_with_the_hidden_state(make_context):
+  router = TopK(RoutingConfig(method="topk", k=2, standardise=True))
+  shapes = router.parameters(ModelConfig(dim=4, num_experts=4))
+  assert shapes["log_scale"] == ((1,), 0.0)
+  parameters = {"router_DE": jnp.eye(4), "log_scale": jnp.log(jnp.asarray([3.0]))}
+  logits_TE = router.logits(parameters, LOGITS)
+  np.testing.assert_allclose(logits_TE.mean(1), 0, atol=1e-5)
+  np.testing.assert_allclose(logits_TE.std(1), 3, rtol=1e-4)
+  small, large = (router(parameters, factor * LOGITS, make_context(2, 4, dim=4))[0] for factor in (1, 100))
+  np.testing.assert_allclose(small.gate_TK, large.gate_TK, rtol=1e-4)
+
+
 def test_switch_learns_through_its_one_gate_and_the_softmax_over_one_does_not(make_context):
   def gate(router_DE, kind):
     router = TopK(RoutingConfig(method="topk", k=1, gate=kind))
@@ -66,6 +87,7 @@ def test_groups_by_hand(make_context):
     (dict(expert_groups=3), "expert_groups.*divisor"),
     (dict(expert_groups=4, groups_kept=1, k_max=8), "groups_kept.*at least routing.k_max = 8"),
     (dict(expert_groups=4, groups_kept=3, expert_dropout=0.1), "expert_dropout.*0 with"),
+    (dict(method="relu", standardise=True), "standardise.*has logits of its own"),
     (dict(groups_kept=2), "groups_kept.*at most 1"),
     (dict(method="top_p", gate="sigmoid"), "routing.gate.*gates of its own"),
   ],

@@ -11,6 +11,7 @@ from moe_lab.config.schema import ModelConfig, RoutingConfig
 from moe_lab.routing.base import Observed
 from moe_lab.routing.curvature import START, CurvatureValued, even_odds, observe_value
 from moe_lab.routing.registry import make_router
+from moe_lab.routing.selection import assign
 
 CONFIG = RoutingConfig(learner="curvature", k_max=4, warmup_steps=10)
 
@@ -28,11 +29,37 @@ def test_the_heads_gradient_by_hand():
   last = jnp.asarray([[0.0, 1.0], [0.0, 1.0]])
   log_value = jnp.log(jnp.asarray([[7.0, 9.0], [7.0, 0.125]]))
   slope = jnp.asarray([[5.0, 3.0], [2.0, -1.0]])
-  got = jax.vjp(observe_value, gate, log_value, last, jnp.asarray(2.0))
+  got = jax.vjp(observe_value, gate, jnp.ones((2, 2)), log_value, last, jnp.asarray(2.0))
   np.testing.assert_array_equal(got[0], gate)
-  d_gate, d_log_value, _, _ = got[1](slope)
+  d_gate, _, d_log_value, _, _ = got[1](slope)
   np.testing.assert_array_equal(d_gate, slope)
   np.testing.assert_allclose(d_log_value, [[0, 0.25], [0, 0]], atol=1e-6)
+
+
+def test_the_target_is_what_leaving_out_the_last_expert_does_to_a_linear_loss():
+  # Gates of length one: without the last expert the others' grow. For a loss linear in the output the first order is
+  # all there is.
+  rng = np.random.default_rng(1)
+  logits_TE, output_TKD, slope_TD = rng.normal(size=(5, 6)), rng.normal(size=(5, 3, 4)), rng.normal(size=(5, 4))
+  expert_TK = np.argsort(-logits_TE, axis=1)[:, :3]
+  router = make_router(dataclasses.replace(CONFIG, gate="softmax_unit"))
+
+  def gates(count):
+    counts = jnp.full(5, count)
+    return assign(jnp.asarray(logits_TE), jnp.asarray(expert_TK), counts, jnp.ones(5, bool), "softmax_unit").gate_TK
+
+  def loss_T(gate_TK):
+    return jnp.einsum("TK,TKD,TD->T", gate_TK, output_TKD, slope_TD)
+
+  gate_TK, last_TK = gates(3), jnp.zeros((5, 3)).at[:, 2].set(1)
+  rise_T = loss_T(gates(2)) - loss_T(gate_TK)
+  targets = jnp.log(0.5 * jnp.square(rise_T))[:, None] * jnp.ones((5, 3))
+  inputs = gate_TK, router._growth(gate_TK), targets, last_TK, jnp.asarray(1.0)
+  slopes = jax.grad(lambda gate_TK: loss_T(gate_TK).sum())(gate_TK)
+  d_log_value = jax.vjp(observe_value, *inputs)[1](slopes)[2]
+  np.testing.assert_allclose(d_log_value, 0, atol=1e-5)  # the head that predicts it rests
+  without_growth = jax.vjp(observe_value, gate_TK, jnp.ones((5, 3)), *inputs[2:])[1](slopes)[2]
+  assert np.abs(without_growth).max() > 1e-2
 
 
 def test_the_head_finds_the_rise_of_the_loss_where_an_expert_is_left_out():

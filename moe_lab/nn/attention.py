@@ -3,7 +3,6 @@
 import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -52,11 +51,11 @@ class Attention(nn.Module):
   out_scale: float
 
   @nn.compact
-  def __call__(self, x_BLD, segment_BL, offset, cache: LayerCache | None):
+  def __call__(self, x_BLD, segment_BL, offset, cache: LayerCache | None, row_B=None):
     """Returns the attended values [B, L, D] and the updated cache (None without one).
 
-    With a cache the new keys are written at `offset` ([B]); all cached positions
-    count as one document, the queries', and segment 0 is padding at its end.
+    With a cache the new keys are written at `offset` ([B]) of its rows `row_B` (None: every row in its place); all
+    cached positions count as one document, the queries', and segment 0 is padding at its end.
     """
     config, dim = self.config, x_BLD.shape[-1]
 
@@ -88,25 +87,27 @@ class Attention(nn.Module):
         block=config.attention_block,
       )
     else:
-      out_BLNH, cache = self._cached(q_BLNH, k_BLMH, v_BLMH, slope_M, segment_BL != 0, offset, cache)
+      out_BLNH, cache = self._cached(q_BLNH, k_BLMH, v_BLMH, slope_M, segment_BL != 0, offset, cache, row_B)
     std = self.out_scale * (config.num_heads * config.head_dim) ** -0.5
     kernel = self.param("out_NHD", scaled_normal(std), (config.num_heads, config.head_dim, dim), jnp.float32)
     return jnp.einsum("BLNH,NHD->BLD", out_BLNH, kernel.astype(x_BLD.dtype)), cache
 
-  def _cached(self, q_BLNH, k_BLMH, v_BLMH, slope_M, real_BL, offset_B, cache: LayerCache):
+  def _cached(self, q_BLNH, k_BLMH, v_BLMH, slope_M, real_BL, offset_B, cache: LayerCache, row_B):
     """Returns the attended heads and the cache, ring by ring."""
     config = self.config
     position_BL = offset_B[:, None] + jnp.arange(q_BLNH.shape[1])
     end_B = offset_B + real_BL.sum(1)
     heads, window_M = config.num_heads // config.num_kv_heads, layer_windows(config)
     outs, rings, first = [], [], 0
+    write_B = jnp.arange(q_BLNH.shape[0]) if row_B is None else row_B
     for ring in cache:
       last = first + ring.num_groups
-      rings.append(write(ring, k_BLMH[:, :, first:last], v_BLMH[:, :, first:last], position_BL, real_BL))
+      rings.append(write(ring, write_B, k_BLMH[:, :, first:last], v_BLMH[:, :, first:last], position_BL, real_BL))
       outs.append(
         ring_attention(
           q_BLNH[:, :, first * heads : last * heads],
           rings[-1],
+          row_B,
           slope_M[first:last],
           max(window_M[first:last], key=lambda window: math.inf if window is None else window),
           position_BL,

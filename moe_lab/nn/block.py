@@ -32,6 +32,7 @@ class SharedInputs(NamedTuple):
     embedding_BLD: input embeddings, without gradient.
     greedy_B: bool, sequences whose counts are the inference rule's although there is a key; None: no such.
     caps: upper bounds on the experts; None: the router's own count.
+    row_B: int32, the cache's row of each sequence; None: each in its place.
   """
 
   segment_BL: jax.Array
@@ -40,6 +41,7 @@ class SharedInputs(NamedTuple):
   embedding_BLD: jax.Array
   greedy_B: jax.Array | None = None
   caps: Caps | None = None
+  row_B: jax.Array | None = None
 
 
 class Block(nn.Module):
@@ -58,7 +60,7 @@ class Block(nn.Module):
     # Residual branches shrink with depth, so that the stream's variance does not grow with it (GPT-2).
     out_scale = (2 * self.model.num_layers) ** -0.5
     attended, cache = Attention(self.model, out_scale, name="attention")(
-      RMSNorm(name="attention_norm")(x_BLD), shared.segment_BL, shared.offset, layer.cache
+      RMSNorm(name="attention_norm")(x_BLD), shared.segment_BL, shared.offset, layer.cache, shared.row_B
     )
     x_BLD = x_BLD + attended
     normed_BLD = RMSNorm(name="mlp_norm")(x_BLD)

@@ -68,6 +68,7 @@ class Transformer(nn.Module):
     caps: Caps | None = None,
     cache: tuple[LayerCache, ...] | None = None,
     offset: jax.Array | int = 0,
+    row_B: jax.Array | None = None,
   ) -> Output:
     """Predicts the next token at every position.
 
@@ -82,6 +83,7 @@ class Transformer(nn.Module):
       caps: upper bounds on the experts of a token and of the batch; None: the router's own count.
       cache: keys and values of earlier tokens; the new ones go to `offset`. Only for unrolled layers.
       offset: position of the first token; [B] with a cache.
+      row_B: int32, the cache's row of each sequence; None: each in its place, a cache of B rows.
     """
     if cache is not None and not self.unrolled:
       raise ValueError("a cache needs unrolled layers: a scan would copy all of it at each")
@@ -92,7 +94,7 @@ class Transformer(nn.Module):
     # The embedding is the head too, where variance 1/D is right; as input it wants variance 1.
     x_BLD = (embedding_VD[token_BL] * config.dim**0.5).astype(config.dtype)
     offset, embedding_BLD = jnp.asarray(offset, jnp.int32), jax.lax.stop_gradient(x_BLD)
-    shared = SharedInputs(segment_BL, offset, budget_B, embedding_BLD, greedy_B, caps)
+    shared = SharedInputs(segment_BL, offset, budget_B, embedding_BLD, greedy_B, caps, row_B)
 
     num_dense = config.num_dense_layers
     block = Block

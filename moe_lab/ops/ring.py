@@ -32,19 +32,20 @@ class Ring(NamedTuple):
     return self.k_BWMH.shape[2]
 
 
-def write(ring: Ring, k_BLMH: jax.Array, v_BLMH: jax.Array, position_BL: jax.Array, real_BL: jax.Array) -> Ring:
-  """Returns the ring with new keys and values at their positions; those not `real_BL` are left out."""
+def write(
+  ring: Ring, row_B: jax.Array, k_BLMH: jax.Array, v_BLMH: jax.Array, position_BL: jax.Array, real_BL: jax.Array
+) -> Ring:
+  """Returns the ring with new keys and values in its rows `row_B`; those not `real_BL` are left out."""
   slot_BL = jnp.where(real_BL, position_BL % ring.size, ring.size)
-  row_B1 = jnp.arange(k_BLMH.shape[0])[:, None]
 
   def put(old_BWMH, new_BLMH):
-    return old_BWMH.at[row_B1, slot_BL].set(new_BLMH.astype(old_BWMH.dtype), mode="drop")
+    return old_BWMH.at[row_B[:, None], slot_BL].set(new_BLMH.astype(old_BWMH.dtype), mode="drop")
 
   return Ring(put(ring.k_BWMH, k_BLMH), put(ring.v_BWMH, v_BLMH))
 
 
 def reference_ring_attention(q_BLNH, ring: Ring, slope_M, window: int | None, position_BL, end_B):
-  """As `ring_attention`, holding all logits in float32; any number of sequences and queries."""
+  """As `ring_attention` with every row in its place, holding all logits in float32."""
   q_BLMGH = rearrange(q_BLNH, "B L (M G) H -> B L M G H", M=ring.num_groups)
   logits = jnp.einsum("BLMGH,BWMH->BMGLW", q_BLMGH, ring.k_BWMH, preferred_element_type=jnp.float32)
   last_B1 = end_B[:, None] - 1
@@ -67,9 +68,21 @@ def _native_step(q_B1NH, ring: Ring, slope_M, window: int | None, end_B):
   return out_BNH[:, None].astype(q_B1NH.dtype)
 
 
+def _chunk(q_1LNH, ring: Ring, row, slope_M, window: int | None, start, end, backend: str, block: int):
+  """A chunk of one sequence: its ring unrolled, so that slot 0 holds position `first`, it is training's attention."""
+  first = jnp.maximum(end - ring.size, 0)
+  k_1SMH, v_1SMH = (jax.lax.dynamic_slice_in_dim(x, row, 1) for x in ring)
+  if window is not None:  # else it never wraps
+    k_1SMH, v_1SMH = (jnp.roll(x, -first, axis=1) for x in (k_1SMH, v_1SMH))
+  # Causality hides what lies behind the last real key, and what padding gives is nobody's concern.
+  segments = (jnp.ones((1, length), jnp.int32) for length in (q_1LNH.shape[1], ring.size))
+  return attention(q_1LNH, k_1SMH, v_1SMH, slope_M, *segments, offset=start - first, backend=backend, block=block)
+
+
 def ring_attention(
   q_BLNH: jax.Array,
   ring: Ring,
+  row_B: jax.Array | None,
   slope_M: jax.Array,
   window: int | None,
   position_BL: jax.Array,
@@ -81,8 +94,9 @@ def ring_attention(
   """Attention of new queries over a ring that already holds their keys.
 
   Args:
-    q_BLNH: queries of the ring's groups. A chunk (L > 1) is of one sequence, but for the reference.
+    q_BLNH: queries of the ring's groups.
     ring: of at least window + L - 1 slots.
+    row_B: int32, the ring's row of each sequence; None: each row in its place, as single queries (L = 1) want it.
     slope_M: float32, as in `attention`.
     window: keys that a query looks at, itself included; None: all, and the ring has never wrapped.
     position_BL: int32, of the queries, one after the other.
@@ -93,18 +107,16 @@ def ring_attention(
   Returns:
     [B, L, N, H], in the queries' dtype; of queries that are padding, anything finite.
   """
-  length = q_BLNH.shape[1]
-  if length == 1 and (backend == "native" or (backend == "auto" and native.used_here())):
-    native.register()
-    return _native_step(q_BLNH, ring, slope_M, window, end_B)
-  if length == 1 or backend == "reference":
+  single = q_BLNH.shape[1] == 1
+  if backend == "reference" or single:
+    if single and row_B is None and (backend == "native" or (backend == "auto" and native.used_here())):
+      native.register()
+      return _native_step(q_BLNH, ring, slope_M, window, end_B)
+    ring = ring if row_B is None else Ring(*(x[row_B] for x in ring))
     return reference_ring_attention(q_BLNH, ring, slope_M, window, position_BL, end_B)
-  # Unrolled, so that slot 0 holds position `first`, the keys are those of training; causality hides what lies behind
-  # the last one, and padding is nobody's concern.
-  first = jnp.maximum(end_B[0] - ring.size, 0)
-  k_BSMH, v_BSMH = ring if window is None else (jnp.roll(x, -first, axis=1) for x in ring)
-  segment_BL, segment_BS = jnp.ones((1, length), jnp.int32), jnp.ones((1, ring.size), jnp.int32)
-  return attention(
-    q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS,
-    offset=position_BL[0, 0] - first, backend=backend, block=block,
-  )  # fmt: skip
+  rows = jnp.arange(q_BLNH.shape[0]) if row_B is None else row_B
+  outs = [
+    _chunk(q_BLNH[b : b + 1], ring, rows[b], slope_M, window, position_BL[b, 0], end_B[b], backend, block)
+    for b in range(q_BLNH.shape[0])
+  ]
+  return jnp.concatenate(outs)

@@ -65,7 +65,7 @@ def test_a_smaller_window_would_show():
   # The same comparison, with the steepest group's ring cut to half its window.
   slope_M, (q, k, v) = alibi_slopes(4, 1)[:1], jax.random.normal(jax.random.key(0), (3, 1, 300, 1, 4))
   # The bound reached: old keys agree with the query as far as they may, near ones disagree.
-  k = jnp.where(jnp.arange(300)[None, :, None, None] < 270, q[:, -1:], -q[:, -1:]) * 0.5 ** 0.5
+  k = jnp.where(jnp.arange(300)[None, :, None, None] < 270, q[:, -1:], -q[:, -1:]) * 0.5**0.5
   end, position = jnp.array([300]), jnp.array([[299]])
   full, right, half = (
     reference_ring_attention(q[:, -1:], Ring(k, v), jnp.asarray(slope_M), window, position, end)

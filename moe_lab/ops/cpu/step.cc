@@ -1,7 +1,8 @@
 // Attention of one query a sequence over a ring of keys and values: what a step of decoding does.
 //
 // Letters as in moe_lab/types.py, and W, slots of the ring: the key of position p lies in slot p mod W. A thread takes
-// one KV group of one sequence, whose query heads read each key once.
+// neighbouring KV groups of one sequence, all of them if there are sequences enough: slot by slot these lie in a row,
+// and memory is read in order.
 
 #include <algorithm>
 #include <cmath>
@@ -18,7 +19,7 @@ inline float dot(const float* a, const float* b, int64_t n) {
   Vec sums{};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) sums += load(a + i) * load(b + i);
-  float total = sum(sums);
+  float total = i ? sum(sums) : 0.0f;
   for (; i < n; ++i) total += a[i] * b[i];
   return total;
 }
@@ -48,49 +49,46 @@ float exponentials(float* logits, int64_t count) {
 ffi::Error attention_step(ffi::ThreadPool pool, Floats q_BNH, Floats k_BWMH, Floats v_BWMH, Floats slope_M, Ints end_B,
                           Ints window, ffi::Result<Floats> out_BNH) {
   const int64_t B = k_BWMH.dimensions()[0], W = k_BWMH.dimensions()[1], M = k_BWMH.dimensions()[2];
-  const int64_t H = k_BWMH.dimensions()[3], N = q_BNH.dimensions()[1], G = N / M, row = M * H;
+  const int64_t H = k_BWMH.dimensions()[3], N = q_BNH.dimensions()[1], G = N / M;
   const int64_t most = window.typed_data()[0] > 0 ? std::min<int64_t>(W, window.typed_data()[0]) : W;
   const float scale = 1.0f / std::sqrt(static_cast<float>(H));
 
-  auto one_group = [&](int64_t index) {
-    thread_local Scratch scratch;
-    const int64_t b = index / M, m = index % M, end = end_B.typed_data()[b];
-    const float* q = q_BNH.typed_data() + (b * N + m * G) * H;
-    float* out = out_BNH->typed_data() + (b * N + m * G) * H;
-    std::fill(out, out + G * H, 0.0f);
-    const int64_t first = std::max<int64_t>(end - most, 0), count = end - first;
-    if (count <= 0) return;
-    const float slope = slope_M.typed_data()[m];
-    const int64_t start = b * W * row + m * H, padded = round_up(count, kLanes);
-    float* logits = scratch.get(G * padded);
+  // Groups of a sequence that a thread takes at a time.
+  const int64_t parts = std::min(M, std::max<int64_t>(1, 2 * pool.num_threads() / B)), width = (M + parts - 1) / parts;
 
-    // The ring's slots in order of their positions are at most two runs.
-    auto each_key = [&](const float* from_BWMH, auto&& body) {
-      int64_t slot = first % W;
-      for (int64_t i = 0; i < count; ++i) {
-        body(i, from_BWMH + start + slot * row);
-        if (++slot == W) slot = 0;
+  auto one_part = [&](int64_t index) {
+    thread_local Scratch scratch;
+    const int64_t b = index / parts, m0 = index % parts * width, m1 = std::min(M, m0 + width), end = end_B.typed_data()[b];
+    if (m0 >= m1) return;
+    const float* q = q_BNH.typed_data() + b * N * H;
+    float* out = out_BNH->typed_data() + b * N * H;
+    std::fill(out + m0 * G * H, out + m1 * G * H, 0.0f);
+    const int64_t first = std::max<int64_t>(end - most, 0), count = end - first, padded = round_up(count, kLanes);
+    if (count <= 0) return;
+    float* logits = scratch.get((m1 - m0) * G * padded) - m0 * G * padded;  // [N, keys], from head m0 * G on
+    for (int64_t i = 0, slot = first % W; i < count; ++i, slot = slot + 1 == W ? 0 : slot + 1) {
+      const float *k = k_BWMH.typed_data() + (b * W + slot) * M * H, distance = static_cast<float>(count - 1 - i);
+      for (int64_t m = m0; m < m1; ++m) {
+        const float bias = slope_M.typed_data()[m] * distance;
+        for (int64_t n = m * G; n < (m + 1) * G; ++n) logits[n * padded + i] = scale * dot(q + n * H, k + m * H, H) - bias;
       }
-    };
-    each_key(k_BWMH.typed_data(), [&](int64_t i, const float* k) {
-      const float bias = slope * static_cast<float>(count - 1 - i);
-      for (int64_t g = 0; g < G; ++g) logits[g * padded + i] = scale * dot(q + g * H, k, H) - bias;
-    });
-    for (int64_t g = 0; g < G; ++g) {
-      const float share = 1.0f / exponentials(logits + g * padded, count);
-      for (int64_t i = 0; i < count; ++i) logits[g * padded + i] *= share;
     }
-    each_key(v_BWMH.typed_data(), [&](int64_t i, const float* v) {
-      for (int64_t g = 0; g < G; ++g) add_scaled(logits[g * padded + i], v, H, out + g * H);
-    });
+    for (int64_t n = m0 * G; n < m1 * G; ++n) {
+      const float share = 1.0f / exponentials(logits + n * padded, count);
+      for (int64_t i = 0; i < count; ++i) logits[n * padded + i] *= share;
+    }
+    for (int64_t i = 0, slot = first % W; i < count; ++i, slot = slot + 1 == W ? 0 : slot + 1) {
+      const float* v = v_BWMH.typed_data() + (b * W + slot) * M * H;
+      for (int64_t n = m0 * G; n < m1 * G; ++n) add_scaled(logits[n * padded + i], v + n / G * H, H, out + n * H);
+    }
   };
 
   int64_t keys = 0;
   for (int64_t b = 0; b < B; ++b) keys += std::min<int64_t>(most, std::max<int64_t>(end_B.typed_data()[b], 0));
   if (2 * keys * N * H < kSmall) {
-    for (int64_t index = 0; index < B * M; ++index) one_group(index);
+    for (int64_t index = 0; index < B * parts; ++index) one_part(index);
   } else {
-    parallel_for(pool, B * M, one_group);
+    parallel_for(pool, B * parts, one_part);
   }
   return ffi::Error::Success();
 }

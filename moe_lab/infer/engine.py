@@ -189,6 +189,11 @@ class Engine:
     """Whether there is anything to do."""
     return bool(self._waiting) or any(self._serving)
 
+  @property
+  def reading(self) -> bool:
+    """Whether prompts are read in the next step."""
+    return bool(self._waiting and None in self._serving) or any(s and s.reading for s in self._serving)
+
   def step(self) -> list[tuple[int, Token]]:
     """Reads prompts into free slots, then decodes up to `steps` tokens of each sequence; returns what came of it."""
     made = []

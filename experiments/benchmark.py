@@ -121,14 +121,24 @@ def _contenders(benchmark: str, cases: list, preset: str) -> list:
     log.warning("no peers: %s not installed (pip install -e .[peers])", " and ".join(missing))
     peers = ()
   contenders = []
-  for case in cases:
+  for case in _at_batch_sizes(cases) if benchmark == "decode" else cases:
     contenders += [Contender("ours", benchmark, case, variant) for variant in ours]
     if case.method == "topk":
       contenders += [Contender("peer", benchmark, case, variant) for variant in peers]
       if benchmark == "train_step" and preset == "cpu" and peers:
         # torch on CPU gains much from an allocator that keeps its memory; its users seldom set it, so it is told apart.
         contenders.append(Contender("peer", benchmark, case, peers[-1], keep_memory=True))
+    elif benchmark == "decode":
+      contenders.append(Contender("ours", benchmark, case, "steady"))
   return contenders
+
+
+def _at_batch_sizes(cases: list) -> list:
+  """Returns the cases of `decode`: each at its numbers of sequences, and the times of tokens under a mix of prompts."""
+  from benchmarks.case import SEQUENCES
+
+  fixed = [dataclasses.replace(case, sequences=n) for case in cases if case.method == "topk" for n in SEQUENCES]
+  return fixed + [dataclasses.replace(case, method="dynamic", sequences=SEQUENCES[-1]) for case in cases]
 
 
 if __name__ == "__main__":

@@ -67,9 +67,7 @@ def scatter_chart(families: Sequence[Family], *, title: str, x_label: str, y_lab
   if not marks:
     return ""
   x_low, x_high = _widened(min(math.log(m.x) for m in marks), max(math.log(m.x) for m in marks), 0.05)
-  y_low, y_high = _widened(
-    min(m.y - (m.spread or 0) for m in marks), max(m.y + (m.spread or 0) for m in marks), 0.06
-  )
+  y_low, y_high = _widened(min(m.y - (m.spread or 0) for m in marks), max(m.y + (m.spread or 0) for m in marks), 0.06)
   to_log_x, to_y = scale(x_low, x_high, _LEFT, _WIDTH - _RIGHT), scale(y_low, y_high, _HEIGHT - _BOTTOM, _TOP)
 
   out = [open_svg(title, _WIDTH, _HEIGHT)]

@@ -125,9 +125,7 @@ def expert_parallel(
   grouped_matmul = "ragged_dot" if grouped_matmul == "auto" else grouped_matmul
   if exchange is None:
     exchange = "padded" if platform(mesh) == "cpu" else "ragged"
-  local = functools.partial(
-    _local, devices=mesh.shape[AXIS], exchange=exchange, grouped_matmul=grouped_matmul
-  )
+  local = functools.partial(_local, devices=mesh.shape[AXIS], exchange=exchange, grouped_matmul=grouped_matmul)
   # The check of what varies over which axis knows neither the ragged exchange nor the kernels.
   run = jax.shard_map(
     local, mesh=mesh, in_specs=(TOKENS, TOKENS, TOKENS, TOKENS, P(AXIS)), out_specs=TOKENS, check_vma=False

@@ -5,12 +5,25 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_lab.config.schema import ModelConfig
 from moe_lab.nn.layers import rms_normalise, scaled_normal
-from moe_lab.ops.alibi import alibi_slopes
+from moe_lab.ops.alibi import alibi_slopes, windows
 from moe_lab.ops.attention import attention
 from moe_lab.ops.rotary import rotate
+
+
+def slopes_and_windows(config: ModelConfig) -> tuple[np.ndarray, tuple[int | None, ...]]:
+  """Returns of each KV group its slope and how many keys a query has to look at (None: all), by `ops/alibi.py`.
+
+  Both are constants of the configuration: windows are derived from the slopes and the bound of QK-norm, and stretch as
+  slopes are interpolated.
+  """
+  if config.position == "rotary":
+    return np.zeros(config.num_kv_heads, np.float32), (None,) * config.num_kv_heads
+  slope_M = alibi_slopes(config.num_kv_heads, config.num_global_groups) / np.float32(config.position_interpolation)
+  return slope_M, windows(slope_M, config.qk_bound if config.qk_norm else None)
 
 
 class KVCache(NamedTuple):
@@ -62,11 +75,9 @@ class Attention(nn.Module):
       q_BLNH = QKNorm(config.qk_bound, name="query_norm")(q_BLNH)
       k_BLMH = QKNorm(config.qk_bound, name="key_norm")(k_BLMH)
     if config.position == "rotary":
-      position_L = offset + jnp.arange(x_BLD.shape[1])
+      position_L = (offset + jnp.arange(x_BLD.shape[1])) / config.position_interpolation
       q_BLNH, k_BLMH = (rotate(heads, position_L, config.rotary_base) for heads in (q_BLNH, k_BLMH))
-      slope_M = jnp.zeros(config.num_kv_heads)
-    else:
-      slope_M = jnp.asarray(alibi_slopes(config.num_kv_heads, config.num_global_groups))
+    slope_M, window_M = slopes_and_windows(config)
 
     segment_BS = segment_BL
     if cache is not None:
@@ -80,10 +91,11 @@ class Attention(nn.Module):
       q_BLNH,
       k_BLMH,
       v_BLMH,
-      slope_M,
+      jnp.asarray(slope_M),
       segment_BL,
       segment_BS,
       offset=offset,
+      window_M=window_M,
       backend=config.attention_backend,
       block=config.attention_block,
     )

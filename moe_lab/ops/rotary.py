@@ -9,7 +9,7 @@ def rotate(x_BLNH: jax.Array, position_L: jax.Array, base: float) -> jax.Array:
 
   Args:
     x_BLNH: queries or keys; H even.
-    position_L: int32 [L].
+    position_L: [L], integers, or fractions where positions are interpolated.
     base: of the geometric series of wavelengths.
 
   Returns:

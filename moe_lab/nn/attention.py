@@ -17,14 +17,17 @@ LayerCache = tuple[Ring, ...]  # of one layer: its KV groups in order
 
 
 def layer_slopes(config: ModelConfig) -> np.ndarray:
-  """Returns slope_M of ALiBi; zeros for rotary."""
+  """Returns slope_M, the slope of each KV group; zeros for rotary."""
   if config.position == "rotary":
     return np.zeros(config.num_kv_heads, np.float32)
-  return alibi_slopes(config.num_kv_heads, config.num_global_groups)
+  return alibi_slopes(config.num_kv_heads, config.num_global_groups) / np.float32(config.position_interpolation)
 
 
 def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
-  """Returns for each KV group how many keys a query has to look at; None: all."""
+  """Returns for each KV group how many keys a query has to look at; None: all.
+
+  Derived from the slopes and the bound of QK-norm, not tuned; they stretch as slopes are interpolated.
+  """
   return windows(layer_slopes(config), config.qk_bound if config.qk_norm else None)
 
 
@@ -70,7 +73,7 @@ class Attention(nn.Module):
       q_BLNH = QKNorm(config.qk_bound, name="query_norm")(q_BLNH)
       k_BLMH = QKNorm(config.qk_bound, name="key_norm")(k_BLMH)
     if config.position == "rotary":
-      position = jnp.asarray(offset)[..., None] + jnp.arange(x_BLD.shape[1])
+      position = (jnp.asarray(offset)[..., None] + jnp.arange(x_BLD.shape[1])) / config.position_interpolation
       q_BLNH, k_BLMH = (rotate(heads, position, config.rotary_base) for heads in (q_BLNH, k_BLMH))
     slope_M = jnp.asarray(layer_slopes(config))
 
@@ -83,6 +86,7 @@ class Attention(nn.Module):
         segment_BL,
         segment_BL,
         offset=offset,
+        window_M=layer_windows(config),
         backend=config.attention_backend,
         block=config.attention_block,
       )

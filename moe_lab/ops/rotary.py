@@ -9,7 +9,7 @@ def rotate(x_BLNH: jax.Array, position: jax.Array, base: float) -> jax.Array:
 
   Args:
     x_BLNH: queries or keys; H even.
-    position: int32, [L] or [B, L].
+    position: [L] or [B, L], integers, or fractions where positions are interpolated.
     base: of the geometric series of wavelengths.
 
   Returns:

@@ -26,7 +26,7 @@ def shared(wanted_T: jax.Array, urgency_T: jax.Array, floor: int, rows: jax.Arra
 def capped(assignment: Assignment, caps: Caps, floor: int) -> Assignment:
   """Cuts each token's experts down to its cap, best first, and all tokens' to their rows.
 
-  Gates stay as they are: no method's gates depend on the count.
+  Gates stay as they are, also where a method shares them out over its own count.
   """
   wanted_T = assignment.valid_TK.sum(-1)
   count_T = jnp.minimum(wanted_T, caps.experts)

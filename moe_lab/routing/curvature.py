@@ -38,6 +38,7 @@ START = -7.0  # log of the value before learning, in nats: what an expert is wor
 SHARPENING, SHARPEST, LEAST_STEPS = 4.0, 16.0, 100
 RATE = 0.3  # of the price controllers, per step and relative error: 0.1 lagged 9% behind while the policy sharpened
 LEVEL_DECAY = 0.9  # of the mean log value, a step: batches differ, and the last one's mean is not inference's
+THRESHOLD_DECAY = 0.95  # of what inference goes by, a step
 RATIO_BOUND = 20.0  # of observed over predicted value: squares of slopes have heavy tails
 
 
@@ -100,8 +101,10 @@ class CurvatureValued(Router):
     def first_stop(goes_on_TS):
       return k_min + jnp.cumprod(goes_on_TS.astype(jnp.int32), axis=1).sum(1)
 
-    price, odds = (at(state[name], context.budget_T, self.config).reshape(-1, 1) for name in ("price", "odds"))
-    greedy_T = count_T = first_stop(known_TS - state["level"] > price)
+    price, threshold, odds = (
+      at(state[name], context.budget_T, self.config).reshape(-1, 1) for name in ("price", "threshold", "odds")
+    )
+    greedy_T = count_T = first_stop(known_TS > (threshold if context.key is None else state["level"] + price))
     going_on_TS = jax.nn.sigmoid(self._sharpness(state["steps"]) * (known_TS - state["level"]) + odds)
     if context.key is not None:
       count_T = first_stop(jax.random.uniform(jax.random.fold_in(context.key, 0), going_on_TS.shape) < going_on_TS)
@@ -151,10 +154,12 @@ class CurvatureValued(Router):
     shape = (num_layers, *table_shape(self.config))
     odds = even_odds(knots(self.config), self.config.k_min, self.config.k_max)
     # "level" is the mean log value over START. Prices are over that, since it drifts as the model learns: a controller
-    # that had to follow would lag behind. Layers share all three.
+    # that had to follow would lag behind. "threshold" is a running mean of their sum: a step's own goes up and down
+    # with its batch, and inference by the last one missed the budget by up to 6%. Layers share all.
     return {
       "level": jnp.zeros(num_layers),
       "price": jnp.zeros(shape),
+      "threshold": jnp.zeros(shape),
       "odds": jnp.broadcast_to(jnp.asarray(odds), shape) + 0.0,
       "steps": jnp.zeros(num_layers),
     }
@@ -174,9 +179,10 @@ class CurvatureValued(Router):
     if self.config.budget_mode == "at_most":
       least = float(np.log(max(self.config.lambda_min, 1e-12))) - START - level.reshape(sharpness.shape)
       price, odds = jnp.maximum(price, least), jnp.minimum(odds, -sharpness * least)
-    return {"level": level, "price": price, "odds": odds, "steps": old["steps"] + 1}
+    now = level.reshape(sharpness.shape) + price
+    threshold = THRESHOLD_DECAY * old["threshold"] + (1 - THRESHOLD_DECAY) * now
+    return {"level": level, "price": price, "threshold": threshold, "odds": odds, "steps": old["steps"] + 1}
 
   def price(self, state: RouterState, budget_state: BudgetState) -> jax.Array:
-    # "price" is the log of it, over the mean log value; the layers' are the same.
-    own = jax.tree.map(lambda leaf: leaf[0], state.method)
-    return jnp.exp(START + own["level"] + at(own["price"], jnp.full(1, self.config.budget), self.config).mean())
+    threshold = state.method["threshold"][0]  # the layers' are the same
+    return jnp.exp(START + at(threshold, jnp.full(1, self.config.budget), self.config).mean())

@@ -67,7 +67,7 @@ def test_the_greedy_count_is_the_first_value_below_the_price(make_context):
   # The head reads the hidden state's first three columns off as log values over START: values 2, 1, 3 at a price of
   # 1.5 stop after the first, since the second is not worth it; the third is never asked.
   state = jax.tree.map(lambda leaf: leaf[0], router.initial_state(1, 6))
-  state = state._replace(method=state.method | {"price": jnp.asarray(0.5), "level": jnp.asarray(1.0)})
+  state = state._replace(method=state.method | {"threshold": jnp.asarray(1.5)})
   above_TS = jnp.asarray([[2.0, 1.0, 3.0], [1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [2.0, 3.0, 1.0]])
   parameters = zeros_of(router, 3)
   # silu(30 + x) is x + 30 to float32's precision; the output takes the 30 away through a unit of its own.
@@ -86,20 +86,20 @@ def test_the_value_falls_with_the_square_of_the_gate(make_context):
   x_TD = jnp.log(jnp.asarray([[0.5, 0.3, 0.05, 0.05, 0.05, 0.05]]))
   counts = {1.3: 1, 1.1: 2, -2.3: 2, -2.5: 4}
   for price, count in counts.items():
-    priced = state._replace(method=state.method | {"price": jnp.asarray(price)})
+    priced = state._replace(method=state.method | {"threshold": jnp.asarray(price)})
     _, stats = router(parameters, x_TD, make_context(1, 6, dim=6, state=priced))
     assert stats.count_T[0] == count
   # The control that sees the token's id alone does not see the gates either.
   blind = make_router(dataclasses.replace(CONFIG, policy_input="token"))
   parameters = zeros_of(blind, 6) | {"router_DE": jnp.eye(6)}
-  priced = state._replace(method=state.method | {"price": jnp.asarray(-0.1)})
+  priced = state._replace(method=state.method | {"threshold": jnp.asarray(-0.1)})
   assert blind(parameters, x_TD, make_context(1, 6, dim=6, state=priced))[1].count_T[0] == 4
 
 
 def test_the_reported_price_is_in_nats():
   router = make_router(dataclasses.replace(CONFIG, budget=2.0))
   state = router.initial_state(3, 6)
-  state = state._replace(method=state.method | {"price": jnp.full(3, 0.5), "level": jnp.full(3, 2.0)})
+  state = state._replace(method=state.method | {"threshold": jnp.full(3, 2.5)})
   assert router.price(state, None) == pytest.approx(np.exp(START + 2.5), rel=1e-6)
 
 
@@ -140,6 +140,7 @@ def test_prices_follow_the_error_and_rest_where_nobody_asked():
   np.testing.assert_allclose(new["odds"] - state.method["odds"], [-0.3, -0.3], rtol=1e-4)
   np.testing.assert_allclose(new["price"], [-0.15] * 2, rtol=1e-6)
   np.testing.assert_allclose(new["level"], [0.2] * 2, rtol=1e-6)
+  np.testing.assert_allclose(new["threshold"], [0.05 * 0.05] * 2, rtol=1e-5)  # a twentieth of 0.2 - 0.15
   rest = router.updated_method_state(state, seen([3.0, 2.0], [1.0, 1.0])._replace(asked=jnp.zeros(())))
   np.testing.assert_array_equal(rest["price"], state.method["price"])
   # As an upper bound the price never falls below the least one.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import flops
-from benchmarks.case import BATCHES, NEW, PROMPT, Case
+from benchmarks.case import BATCHES, HARD, NEW, PROMPT, Case
 from benchmarks.work import Work
 from moe_lab.infer.engine import Engine, Request
 from moe_lab.nn.moe import MoE
@@ -161,29 +161,29 @@ def _prompts(case: Case) -> np.ndarray:
 def _decode_mixed(case: Case, variant: str) -> Work:
   """Easy sequences beside hard ones; `steady` or not. A token's time is that of the step that made it.
 
-  The untrained policy gives each token the count that its sequence asks for: k_min to easy ones and k_max to hard
-  ones, which end earlier. From run to run there are 0 to half of them. The steps while prompts are read do not count.
+  The untrained policy gives each token the count that its sequence asks for: one to easy ones and k_max to hard ones.
+  From run to run there are HARD of eight, so many that all together ask for the budget. Timed are the steps in which
+  every slot decodes and no prompt is read.
   """
   engine, prompts = _engine(case, steps=1, steady=variant == "steady", budget=case.k), _prompts(case)
   seconds, experts, runs = [], [], itertools.count()
 
   def run():
-    hard = next(runs) % (case.sequences // 2 + 1)
+    number = next(runs)
     for index, prompt in enumerate(prompts):
-      is_hard = index < hard
-      engine.submit(Request(prompt, NEW // 2 if is_hard else NEW, budget=float(case.k_max if is_hard else 1)))
+      engine.submit(Request(prompt, NEW, budget=float(case.k_max if index < HARD[number % len(HARD)] else 1)))
     while engine.busy:
       reading, started = engine.reading, time.perf_counter()
       tokens = engine.step()
-      experts.extend(token.experts for _, token in tokens)
-      if not reading:
-        seconds.extend([time.perf_counter() - started] * len(tokens))
+      taken = time.perf_counter() - started
+      if number and not reading and len(tokens) == case.sequences:  # the first run compiles
+        seconds.append(taken)
+        experts.append(sum(token.experts for _, token in tokens) / len(tokens))
 
   def report():
     p50, p99 = (1e3 * float(np.quantile(seconds, q)) for q in (0.5, 0.99))
     return {"mean_experts": float(np.mean(experts)), "p50_ms": p50, "p99_ms": p99, "p99_over_p50": p99 / p50}
 
-  # Hard sequences end earlier, so a run makes fewer than this; what counts here are the quantiles.
   return Work(run, "token", NEW * case.sequences, report)
 
 

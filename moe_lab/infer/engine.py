@@ -164,21 +164,30 @@ class Engine:
     """What they would be if every KV group kept every position."""
     return full_cache_bytes(self._config.model, self.slots, self.capacity)
 
-  def submit(self, request: Request) -> int:
-    """Queues a request; returns its ticket, by which `step` names it.
-
-    Raises:
-      UserError: it can't be served by this engine.
-    """
-    length, routing = len(request.prompt), self._config.routing
+  def check(self, request: Request) -> None:
+    """Raises UserError if this engine can't serve the request."""
+    length, least = len(request.prompt), max(self._config.routing.k_min, 1)
     if length < 1 or request.max_tokens < 1:
       raise UserError(f"a request of {length} + {request.max_tokens} tokens: wanted at least one of each")
     if length + request.max_tokens > self.capacity:
       raise UserError(f"a request of {length} + {request.max_tokens} tokens: wanted at most {self.capacity} in all")
-    if request.max_experts is not None and request.max_experts < max(routing.k_min, 1):
-      raise UserError(f"max_experts={request.max_experts}: wanted at least {max(routing.k_min, 1)}")
+    if request.max_experts is not None and request.max_experts < least:
+      raise UserError(f"max_experts={request.max_experts}: wanted at least {least}")
+    if request.temperature < 0 or request.top_k < 0:
+      raise UserError(f"temperature={request.temperature:g}, top_k={request.top_k}: wanted neither below 0")
+    for name in ("top_p", "min_p"):
+      if not 0 <= getattr(request, name) <= 1:
+        raise UserError(f"{name}={getattr(request, name):g}: wanted a number from 0 to 1")
+    if not 0 <= request.seed < 2**31:
+      raise UserError(f"seed={request.seed}: wanted a number from 0 to 2^31 - 1")
+    if "" in request.stop:
+      raise UserError('stop="": wanted text')
     if request.stop and self._decode_text is None:
       raise ValueError("stop strings need the engine's `decode`")
+
+  def submit(self, request: Request) -> int:
+    """Queues a request; returns its ticket, by which `step` names it. Raises as `check`."""
+    self.check(request)
     ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
     stream = self._decode_text and TextStream(self._decode_text, request.stop, request.prompt)
     self._waiting.append(_Serving(ticket, request, stream))

@@ -129,7 +129,7 @@ def _stream(model: _Model, engine, request):
   response, in_colour = Response(), sys.stderr.isatty()
   for _, token in engine.generate([request]):
     response.add(token)
-    text = _coloured(token.text, token.experts, model.routing) if in_colour else token.text
+    text = _coloured(token.text, token.experts, model.routing) if in_colour and token.text else token.text
     print(text, end="", file=sys.stderr, flush=True)
   print(file=sys.stderr)
   return response

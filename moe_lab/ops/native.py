@@ -26,7 +26,14 @@ import jaxlib
 from moe_lab.config.program import cache_dir
 from moe_lab.errors import RunError
 
-TARGETS = ("experts_forward", "experts_backward", "attention_forward", "attention_backward", "attention_step")
+TARGETS = (
+  "experts_forward",
+  "experts_backward",
+  "attention_forward",
+  "attention_backward",
+  "attention_step",
+  "logits_step",
+)
 _SOURCES = Path(__file__).with_name("cpu")
 
 log = logging.getLogger(__name__)

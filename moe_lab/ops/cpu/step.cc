@@ -1,8 +1,9 @@
-// Attention of one query a sequence over a ring of keys and values: what a step of decoding does.
+// What a step of decoding computes for a few rows: attention over rings of keys and values, and logits. Both are bound by
+// memory, so it is read once and in order.
 //
-// Letters as in moe_lab/types.py, and W, slots of the ring: the key of position p lies in slot p mod W. A thread takes
-// neighbouring KV groups of one sequence, all of them if there are sequences enough: slot by slot these lie in a row,
-// and memory is read in order.
+// Letters as in moe_lab/types.py, and W, slots of a ring: the key of position p lies in slot p mod W. In attention a
+// thread takes neighbouring KV groups of one sequence, which lie in a row slot by slot; all of them if there are
+// sequences enough.
 
 #include <algorithm>
 #include <cmath>
@@ -93,8 +94,47 @@ ffi::Error attention_step(ffi::ThreadPool pool, Floats q_BNH, Floats k_BWMH, Flo
   return ffi::Error::Success();
 }
 
+// to[n * stride] = x[n] . w for kCount rows of x; w is read once.
+template <int kCount>
+inline void dots(const float* x, const float* w, int64_t D, float* to, int64_t stride) {
+  Vec sums[kCount] = {};
+  int64_t d = 0;
+  for (; d + kLanes <= D; d += kLanes) {
+    const Vec right = load(w + d);
+#pragma GCC unroll 8
+    for (int n = 0; n < kCount; ++n) sums[n] += load(x + n * D + d) * right;
+  }
+  for (int n = 0; n < kCount; ++n) {
+    float total = sum(sums[n]);
+    for (int64_t rest = d; rest < D; ++rest) total += x[n * D + rest] * w[rest];
+    to[n * stride] = total;
+  }
+}
+
+ffi::Error logits_step(ffi::ThreadPool pool, Floats x_TD, Floats w_VD, ffi::Result<Floats> y_TV) {
+  constexpr int64_t kWords = 128;  // that a thread takes at a time
+  const int64_t T = x_TD.dimensions()[0], D = x_TD.dimensions()[1], V = w_VD.dimensions()[0];
+  const float *x = x_TD.typed_data(), *w = w_VD.typed_data();
+  float* y = y_TV->typed_data();
+  parallel_for(pool, (V + kWords - 1) / kWords, [&](int64_t block) {
+    for (int64_t v = block * kWords; v < std::min(V, (block + 1) * kWords); ++v) {
+      int64_t t = 0;
+      for (; t + 8 <= T; t += 8) dots<8>(x + t * D, w + v * D, D, y + t * V + v, V);
+      for (; t < T; ++t) dots<1>(x + t * D, w + v * D, D, y + t * V + v, V);
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace moe_lab
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_lab_logits_step, moe_lab::logits_step,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<moe_lab::Floats>()
+                                  .Arg<moe_lab::Floats>()
+                                  .Ret<moe_lab::Floats>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_lab_attention_step, moe_lab::attention_step,
                               xla::ffi::Ffi::Bind()

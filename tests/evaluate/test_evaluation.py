@@ -144,12 +144,13 @@ def test_controls_that_know_less_or_more(setting):
 
 def test_flops_by_hand():
   # D 16, H 8, N 2, M 1: projections 2 * 16 * (2 * 2 + 2 * 1) * 8 = 1536 a layer; scores 4 * 2 * 8 * 10 = 640 a layer;
-  # experts 6 * 16 * 6 * 1.5 = 864 a layer; head 2 * 16 * 30 = 960; router 2 * 16 * 5 = 160 and the policy's heads
-  # 2 * (17 * 32 + 32 * 3) = 1280 a layer: it values the second to the fourth expert.
+  # experts 6 * 16 * 6 * 1.5 = 864 a layer; head 2 * 16 * 30 = 960; router 2 * 16 * 5 = 160 and the policy's head
+  # 2 * (21 * 8 + 8 * 3) = 384 a layer: it reads D, the budget and four ranked log gates, and values the second to the
+  # fourth expert.
   flops = forward_flops_per_token(CONFIG, mean_experts=1.5, mean_context=10)
   assert flops == {
-    "attention_projections": 3072, "attention_scores": 1280, "router": 2 * (160 + 1280), "experts": 1728,
-    "dense_mlp": 0, "head": 960, "total": 3072 + 1280 + 2880 + 1728 + 960,
+    "attention_projections": 3072, "attention_scores": 1280, "router": 2 * (160 + 384), "experts": 1728,
+    "dense_mlp": 0, "head": 960, "total": 3072 + 1280 + 1088 + 1728 + 960,
   }  # fmt: skip
 
 

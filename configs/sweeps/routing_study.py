@@ -74,9 +74,7 @@ def at_budget(name, method, budget, role, fields=None, **notes):
 
 def published(budget):
   return [
-    run
-    for name, (method, fields) in AT_A_BUDGET.items()
-    for run in at_budget(name, method, budget, "control", fields)
+    run for name, (method, fields) in AT_A_BUDGET.items() for run in at_budget(name, method, budget, "control", fields)
   ]
 
 

@@ -22,6 +22,7 @@ from moe_lab.io.run import load_run
 log = logging.getLogger(__name__)
 
 PATIENCE = 0.5  # seconds between two looks at whether the study is to stop
+_leaving = False  # in a worker: whether it was told to stop, and leaves what else the pool has for it
 
 
 class Job(NamedTuple):
@@ -115,6 +116,7 @@ def _settle(places: multiprocessing.Queue, workers: int) -> None:
 
 
 def _perform_apart(job: Job) -> dict:
+  global _leaving
   from moe_lab.train.loop import PREEMPTED
   from moe_lab.train.signals import Preemption
 
@@ -127,5 +129,11 @@ def _perform_apart(job: Job) -> dict:
       if preemption.requested:
         raise SystemExit(PREEMPTED)
 
-    stop()
-    return perform(job, stop)
+    try:
+      if _leaving:  # the pool hands out some jobs ahead
+        raise SystemExit(PREEMPTED)
+      stop()
+      return perform(job, stop)
+    except SystemExit:
+      _leaving = True
+      raise

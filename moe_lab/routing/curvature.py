@@ -99,12 +99,19 @@ class CurvatureValued(Router):
     known_TS = jax.lax.stop_gradient(above_TS)
 
     def first_stop(goes_on_TS):
+      # A budget of k_min leaves nothing to decide; a price read between the knots of a table would not be high enough.
+      goes_on_TS &= context.budget_T[:, None] > k_min
       return k_min + jnp.cumprod(goes_on_TS.astype(jnp.int32), axis=1).sum(1)
 
     price, threshold, odds = (
       at(state[name], context.budget_T, self.config).reshape(-1, 1) for name in ("price", "threshold", "odds")
     )
-    greedy_T = count_T = first_stop(known_TS > (threshold if context.key is None else state["level"] + price))
+    if context.key is None:
+      greedy_T = count_T = first_stop(known_TS > threshold)
+    else:
+      greedy_T = first_stop(
+        self._without_dropout(parameters, x_TD, logits_TE, known_TS, context) > state["level"] + price
+      )
     going_on_TS = jax.nn.sigmoid(self._sharpness(state["steps"]) * (known_TS - state["level"]) + odds)
     if context.key is not None:
       count_T = first_stop(jax.random.uniform(jax.random.fold_in(context.key, 0), going_on_TS.shape) < going_on_TS)
@@ -131,6 +138,16 @@ class CurvatureValued(Router):
     log_gate_TK = jax.lax.stop_gradient(log_gate_TK)
     features = jnp.concatenate([features, log_gate_TK], axis=1)
     return head(parameters, "policy", features) + 2 * log_gate_TK[:, self.config.k_min :]
+
+  def _without_dropout(self, parameters, x_TD, logits_TE, known_TS, context: RouterContext) -> jax.Array:
+    """Returns the log values of the experts that inference would take, where none is dropped.
+
+    The price has to hold the budget there: the best of all experts are worth more than the best of those left.
+    """
+    if self.config.expert_dropout == 0:
+      return known_TS
+    whole = context._replace(key=None)
+    return jax.lax.stop_gradient(self._log_values(parameters, x_TD, logits_TE, self.ranked(logits_TE, whole), whole))
 
   def _sharpness(self, steps: jax.Array) -> jax.Array:
     warmup = self.config.warmup_steps

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from experiments.routing_study import analyses, arms, results
+from experiments.routing_study import analyses, arms, results, runner
 from moe_lab.config.sweep import load_sweep
 from moe_lab.report.study_page import study_page
 from tests.experiments.study_records import study_runs
@@ -241,3 +241,19 @@ def test_a_study_from_end_to_end(tmp_path):
   out, err = process.communicate(timeout=600)
   assert json.loads(out.splitlines()[-1]) == first
   assert {path: os.stat(path).st_mtime_ns for path in before} == before
+
+
+def test_a_worker_that_was_told_to_stop_takes_no_further_job(monkeypatch, tmp_path):
+  taken = []
+
+  def perform(job, stop):
+    taken.append(job.folder.name)
+    raise SystemExit(75)
+
+  monkeypatch.setattr(runner, "perform", perform)
+  monkeypatch.setattr(runner, "_leaving", False)
+  monkeypatch.setattr(runner.os, "dup2", lambda *_: None)  # stderr stays pytest's
+  for name in ("first", "second"):
+    with pytest.raises(SystemExit):
+      runner._perform_apart(runner.Job(tmp_path / name, None, {}, "validation", []))
+  assert taken == ["first"]

@@ -78,6 +78,33 @@ def test_the_greedy_count_is_the_first_value_below_the_price(make_context):
   np.testing.assert_array_equal(stats.count_T, [2, 1, 4, 3])
 
 
+def test_the_least_budget_gets_the_least_count(make_context):
+  router = make_router(dataclasses.replace(CONFIG, budget_range=(1.0, 4.0)))
+  state = jax.tree.map(lambda leaf: leaf[0], router.initial_state(1, 6))
+  for key in (None, jax.random.key(0)):
+    context = make_context(400, 6, key=key, state=state)
+    context = context._replace(budget_T=jnp.where(jnp.arange(400) < 200, 1.0, 1.5))
+    parameters = zeros_of(router, 8) | {"router_DE": jax.random.normal(jax.random.key(1), (8, 6))}
+    _, stats = router(parameters, jax.random.normal(jax.random.key(2), (400, 8)), context)
+    assert (stats.count_T[:200] == 1).all() and (stats.count_T[200:] > 1).any()
+
+
+def test_greedy_counts_know_nothing_of_dropped_experts(make_context):
+  router = make_router(dataclasses.replace(CONFIG, expert_dropout=0.4))
+  rng = np.random.default_rng(0)
+  parameters = {name: jnp.asarray(rng.normal(size=array.shape)) for name, array in zeros_of(router, 8).items()}
+  x_TD = jnp.asarray(rng.normal(size=(200, 8)), jnp.float32)
+  state = jax.tree.map(lambda leaf: leaf[0], router.initial_state(1, 6))
+  level, price = 0.3, 1.2
+  method = {"level": jnp.asarray(level), "price": jnp.asarray(price), "threshold": jnp.asarray(level + price)}
+  state = state._replace(method=state.method | method)
+  _, inference = router(parameters, x_TD, make_context(200, 6, state=state))
+  assignment, training = router(parameters, x_TD, make_context(200, 6, key=jax.random.key(0), state=state))
+  assert len(np.unique(assignment.expert_TK)) < 6  # some are dropped
+  assert len(np.unique(inference.count_T)) > 2
+  np.testing.assert_array_equal(training.policy.greedy_count_T, inference.count_T)
+
+
 def test_the_value_falls_with_the_square_of_the_gate(make_context):
   router = make_router(CONFIG)
   state = jax.tree.map(lambda leaf: leaf[0], router.initial_state(1, 6))

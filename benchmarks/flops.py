@@ -26,5 +26,5 @@ def attention(case: Case) -> float:
 
 
 def decode(case: Case, mean_experts: float) -> float:
-  """Returns those of reading the prompt and generating."""
-  return forward_flops_per_token(case.config(), mean_experts, PROMPT / 2)["total"] * (PROMPT + NEW)
+  """Returns those of reading the prompts and generating."""
+  return forward_flops_per_token(case.config(), mean_experts, PROMPT / 2)["total"] * (PROMPT + NEW) * case.sequences

@@ -1,6 +1,7 @@
 """moe_lab's side of each benchmark."""
 
 import dataclasses
+import itertools
 import time
 
 import jax
@@ -8,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import flops
-from benchmarks.case import BATCHES, NEW, PROMPT, Case
+from benchmarks.case import BATCHES, HARD, NEW, PROMPT, Case
 from benchmarks.work import Work
-from moe_lab.infer.generate import Generator
+from moe_lab.infer.engine import Engine, Request
 from moe_lab.nn.moe import MoE
 from moe_lab.nn.transformer import Transformer
 from moe_lab.ops.attention import attention
@@ -130,21 +131,60 @@ def attention_layer(case: Case, variant: str) -> Work:
 
 
 def decode(case: Case, variant: str) -> Work:
-  """Greedy generation of one sequence, the prompt's prefill included."""
-  config = case.config()
-  state = jax.jit(lambda: initial_state(config, make_optimizer(config.train)))()
-  generator = Generator(config, state.params, state.router_state)
-  prompt = np.random.default_rng(0).integers(0, case.vocab_size, PROMPT).astype(np.int32)
+  """Greedy generation of a batch, the prompts' prefill included."""
+  if case.method == "dynamic":
+    return _decode_mixed(case, variant)
+  engine, prompts = _engine(case), _prompts(case)
   experts = []
 
   def run():
-    experts.extend(step.experts for step in generator.generate(prompt, NEW, temperature=0.0))
+    experts.extend(token.experts for _, token in engine.generate([Request(prompt, NEW) for prompt in prompts]))
 
   def report():
     mean = float(np.mean(experts))
     return {"mean_experts": mean, "flops": flops.decode(case, mean)}
 
-  return Work(run, "token", NEW, report)
+  return Work(run, "token", NEW * case.sequences, report)
+
+
+def _engine(case: Case, **arguments) -> Engine:
+  config = case.config()
+  state = jax.jit(lambda: initial_state(config, make_optimizer(config.train)))()
+  settings = {"slots": case.sequences, "capacity": PROMPT + NEW} | arguments
+  return Engine(config, state.params, state.router_state, **settings)
+
+
+def _prompts(case: Case) -> np.ndarray:
+  return np.random.default_rng(0).integers(0, case.vocab_size, (case.sequences, PROMPT)).astype(np.int32)
+
+
+def _decode_mixed(case: Case, variant: str) -> Work:
+  """Easy sequences beside hard ones; `steady` or not. A token's time is that of the step that made it.
+
+  The untrained policy gives each token the count that its sequence asks for: one to easy ones and k_max to hard ones.
+  From run to run there are HARD of eight, so many that all together ask for the budget. Timed are the steps in which
+  every slot decodes and no prompt is read.
+  """
+  engine, prompts = _engine(case, steps=1, steady=variant == "steady", budget=case.k), _prompts(case)
+  seconds, experts, runs = [], [], itertools.count()
+
+  def run():
+    number = next(runs)
+    for index, prompt in enumerate(prompts):
+      engine.submit(Request(prompt, NEW, budget=float(case.k_max if index < HARD[number % len(HARD)] else 1)))
+    while engine.busy:
+      reading, started = engine.reading, time.perf_counter()
+      tokens = engine.step()
+      taken = time.perf_counter() - started
+      if number and not reading and len(tokens) == case.sequences:  # the first run compiles
+        seconds.append(taken)
+        experts.append(sum(token.experts for _, token in tokens) / len(tokens))
+
+  def report():
+    p50, p99 = (1e3 * float(np.quantile(seconds, q)) for q in (0.5, 0.99))
+    return {"mean_experts": float(np.mean(experts)), "p50_ms": p50, "p99_ms": p99, "p99_over_p50": p99 / p50}
+
+  return Work(run, "token", NEW * case.sequences, report)
 
 
 def data(case: Case, variant: str) -> Work:

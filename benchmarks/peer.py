@@ -118,9 +118,9 @@ def attention_layer(case: Case, variant: str) -> Work:
 
 
 def decode(case: Case, variant: str) -> Work:
-  """Greedy `generate` of one sequence with its cache."""
+  """Greedy `generate` of a batch with its cache."""
   model = _model(case, variant).eval()
-  prompt = torch.randint(3, case.vocab_size, (1, PROMPT), device=_DEVICE)
+  prompt = torch.randint(3, case.vocab_size, (case.sequences, PROMPT), device=_DEVICE)
 
   def run():
     with torch.no_grad(), _autocast(case):
@@ -130,7 +130,7 @@ def decode(case: Case, variant: str) -> Work:
       )  # fmt: skip
     _wait()
 
-  return Work(run, "token", NEW, lambda: {"mean_experts": case.k, "flops": flops.decode(case, case.k)})
+  return Work(run, "token", NEW * case.sequences, lambda: {"mean_experts": case.k, "flops": flops.decode(case, case.k)})
 
 
 class _PackedRows(torch.utils.data.IterableDataset):

@@ -10,7 +10,8 @@ from moe_lab.io.files import dump_json, write_text
 
 def table(results: list[Result], peak: float) -> str:
   """Returns the results as a Markdown table."""
-  rows = [("case", "who", "median", "quartiles", "units/s", "GFLOP/s", "of peak", "memory", "experts")]
+  rows = [("case", "who", "median", "quartiles", "units/s", "GFLOP/s", "of peak", "memory", "experts", "p50", "p99")]
+  timed = any("p50_ms" in r.numbers for r in results)
   for r in results:
     flops = r.flops_per_second
     rows.append(
@@ -24,9 +25,10 @@ def table(results: list[Result], peak: float) -> str:
         f"{flops / peak:.0%}" if flops else "-",
         f"{r.peak_bytes / 2**20:,.0f} MiB",
         f"{r.numbers['mean_experts']:.2f}" if "mean_experts" in r.numbers else "-",
+        *(f"{r.numbers[q]:.2f} ms" if q in r.numbers else "-" for q in ("p50_ms", "p99_ms")),
       )
     )
-  return markdown(rows)
+  return markdown(rows if timed else [row[:-2] for row in rows])
 
 
 def summary(benchmark: str, results: list[Result], peak: float, machine: dict) -> dict:

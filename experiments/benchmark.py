@@ -4,6 +4,7 @@
     python -m experiments.benchmark train_step --method=dynamic --k=1,2,4,8 --peers=none
     python -m experiments.benchmark moe_layer --experts=16x512,64x128 --k=8
     python -m experiments.benchmark attention|decode|data
+    python -m experiments.benchmark long_attention   # half an hour: 16K to 256K tokens, with and without skipping
     python -m experiments.benchmark tpu_compile      # ahead of time, without a TPU; needs libtpu
 
 Contenders take turns, each in a process of its own. The table goes to stderr
@@ -24,7 +25,7 @@ from absl import flags
 from moe_lab.config import program
 from moe_lab.errors import UserError, did_you_mean
 
-BENCHMARKS = ("train_step", "moe_layer", "attention", "decode", "data", "tpu_compile")
+BENCHMARKS = ("train_step", "moe_layer", "attention", "decode", "data", "long_attention", "tpu_compile")
 METHODS = ("topk", "dynamic", "dynamic_rollouts", "overflow")
 
 FLAGS = flags.FlagValues()
@@ -61,12 +62,19 @@ def main(benchmark: str) -> dict:
     path = tpu_compile.save(Path(FLAGS.out), compiled, described)
     print(f"\n{path.read_text()}\n{path}", file=sys.stderr)
     return {"benchmark": benchmark, "machine": described, "results": compiled, "file": path}
+  command = "python -m experiments.benchmark " + " ".join(sys.argv[1:])
+  if benchmark == "long_attention":
+    from benchmarks import long_attention
+
+    found = long_attention.report(log.info)
+    path = long_attention.save(Path(FLAGS.out), found, described, command)
+    print(f"\n{path.read_text()}\n{path}", file=sys.stderr)
+    return {"benchmark": benchmark, "machine": described, **found, "file": path}
   preset = FLAGS.preset if FLAGS.preset != "auto" else ("gpu" if described["accelerator"] else "cpu")
   contenders = _contenders(benchmark, _cases(preset), preset)
   measured, peak = measure(contenders, FLAGS.rounds, preset, log.info)
   result = results.summary(benchmark, measured, peak, described)
   text = results.table(measured, peak)
-  command = "python -m experiments.benchmark " + " ".join(sys.argv[1:])
   path = results.save(Path(FLAGS.out), benchmark, text, result, command)
   if drawing := plot.page_of(plot.time_by_experts(measured), text, command):
     write_text(path.with_suffix(".html"), drawing)
@@ -121,14 +129,24 @@ def _contenders(benchmark: str, cases: list, preset: str) -> list:
     log.warning("no peers: %s not installed (pip install -e .[peers])", " and ".join(missing))
     peers = ()
   contenders = []
-  for case in cases:
+  for case in _at_batch_sizes(cases) if benchmark == "decode" else cases:
     contenders += [Contender("ours", benchmark, case, variant) for variant in ours]
     if case.method == "topk":
       contenders += [Contender("peer", benchmark, case, variant) for variant in peers]
       if benchmark == "train_step" and preset == "cpu" and peers:
         # torch on CPU gains much from an allocator that keeps its memory; its users seldom set it, so it is told apart.
         contenders.append(Contender("peer", benchmark, case, peers[-1], keep_memory=True))
+    elif benchmark == "decode":
+      contenders.append(Contender("ours", benchmark, case, "steady"))
   return contenders
+
+
+def _at_batch_sizes(cases: list) -> list:
+  """Returns the cases of `decode`: each at its numbers of sequences, and the times of tokens under a mix of prompts."""
+  from benchmarks.case import SEQUENCES
+
+  fixed = [dataclasses.replace(case, sequences=n) for case in cases if case.method == "topk" for n in SEQUENCES]
+  return fixed + [dataclasses.replace(case, method="dynamic", sequences=SEQUENCES[-1]) for case in cases]
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from moe_lab.errors import UserError
 absl_flags.disclaim_key_flags()
 
 
-def run(main: Callable[..., dict], flags: absl_flags.FlagValues | None = None) -> None:
+def run(main: Callable[..., dict], flags: absl_flags.FlagValues | None = None, *, keep_memory: bool = True) -> None:
   """Runs a program, and exits.
 
   Args:
@@ -40,11 +40,12 @@ def run(main: Callable[..., dict], flags: absl_flags.FlagValues | None = None) -
       optional on the command line. Any other parameter is a word of the command
       line ("" if it is missing). Returns the result.
     flags: the program's own flags, defined with `flag_values=flags` so that two programs may use the same name.
+    keep_memory: whether glibc keeps what is freed (`keep_freed_memory`).
   """
-  sys.exit(_run(main, absl_flags.FlagValues() if flags is None else flags))
+  sys.exit(_run(main, absl_flags.FlagValues() if flags is None else flags, keep_memory))
 
 
-def _run(main: Callable[..., dict], flags: absl_flags.FlagValues) -> int:
+def _run(main: Callable[..., dict], flags: absl_flags.FlagValues, keep_memory: bool) -> int:
   parameters = inspect.signature(main).parameters
   try:
     command_line.define(flags, set(parameters))
@@ -56,7 +57,7 @@ def _run(main: Callable[..., dict], flags: absl_flags.FlagValues) -> int:
     required = {name for name, p in parameters.items() if p.default is p.empty and name not in words}
     arguments = command_line.parse(sys.argv, flags, required, words)
     absl_flags.FLAGS.mark_as_parsed()  # libraries look up flags of their own there
-    prepare()
+    prepare(keep_memory)
     print(json.dumps(_plain(main(**arguments))), flush=True)
     return 0
   except UserError as error:
@@ -67,11 +68,12 @@ def _run(main: Callable[..., dict], flags: absl_flags.FlagValues) -> int:
     return 130
 
 
-def prepare() -> None:
+def prepare(keep_memory: bool = True) -> None:
   """Sets up a process that is to compute: logs, jax's environment, memory. Comes before jax is imported."""
   _quiet_logs()
   _set_environment()
-  keep_freed_memory()
+  if keep_memory:
+    keep_freed_memory()
 
 
 def cache_dir() -> Path:
@@ -92,6 +94,8 @@ def keep_freed_memory() -> None:
   XLA on CPU takes a step's buffers anew at every step. By default glibc gives
   blocks of that size back to the system, which clears each page again when it
   is next touched: in a virtual machine about a seventh of a small model's step.
+  Decoding takes few blocks and small ones, and with this a tenth longer: its
+  threads share one arena.
   """
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
   if mallopt is not None:

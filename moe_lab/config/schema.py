@@ -61,6 +61,9 @@ class ModelConfig:
   position: str = "alibi"  # alibi (slopes per KV group) | rotary
   num_global_groups: int = 1  # with alibi: how many KV groups have slope 0 and see everything
   rotary_base: float = 10_000.0
+  # Distances count as so many times shorter, so that a longer context looks as long as the trained one did: slopes and
+  # rotary positions are divided by it, and windows grow with it (position interpolation, arXiv 2306.15595).
+  position_interpolation: float = 1.0
   qk_norm: bool = True  # RMS-normalise queries and keys per head
   qk_bound: float = 8.0  # S: with qk_norm, |q.k| / sqrt(H) never exceeds this
   tie_embeddings: bool = False
@@ -97,6 +100,7 @@ class ModelConfig:
       raise ConfigError("model.head_dim", self.head_dim, "an even number, since model.position is rotary")
     _check_range("model.num_global_groups", self.num_global_groups, 0, self.num_kv_heads)
     _check_range("model.rotary_base", self.rotary_base, 1, open_low=True)
+    _check_range("model.position_interpolation", self.position_interpolation, 0, open_low=True)
     _check_range("model.qk_bound", self.qk_bound, 0, open_low=True)
     _check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
     _check_choice("model.attention_backend", self.attention_backend, ("auto", "reference", "blocked", "native"))

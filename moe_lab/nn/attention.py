@@ -1,23 +1,34 @@
 """The attention layer: projections, QK-norm, positions, and the cache of decoding."""
 
-from typing import NamedTuple
+import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_lab.config.schema import ModelConfig
 from moe_lab.nn.layers import rms_normalise, scaled_normal
-from moe_lab.ops.alibi import alibi_slopes
+from moe_lab.ops.alibi import alibi_slopes, windows
 from moe_lab.ops.attention import attention
+from moe_lab.ops.ring import Ring, ring_attention, write
 from moe_lab.ops.rotary import rotate
 
+LayerCache = tuple[Ring, ...]  # of one layer: its KV groups in order
 
-class KVCache(NamedTuple):
-  """Keys and values of the positions seen so far, [B, S, M, H]; [Z, ...] outside the scan."""
 
-  k_BSMH: jax.Array
-  v_BSMH: jax.Array
+def layer_slopes(config: ModelConfig) -> np.ndarray:
+  """Returns slope_M, the slope of each KV group; zeros for rotary."""
+  if config.position == "rotary":
+    return np.zeros(config.num_kv_heads, np.float32)
+  return alibi_slopes(config.num_kv_heads, config.num_global_groups) / np.float32(config.position_interpolation)
+
+
+def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
+  """Returns for each KV group how many keys a query has to look at; None: all.
+
+  Derived from the slopes and the bound of QK-norm, not tuned; they stretch as slopes are interpolated.
+  """
+  return windows(layer_slopes(config), config.qk_bound if config.qk_norm else None)
 
 
 class QKNorm(nn.Module):
@@ -43,11 +54,11 @@ class Attention(nn.Module):
   out_scale: float
 
   @nn.compact
-  def __call__(self, x_BLD, segment_BL, offset, cache: KVCache | None):
+  def __call__(self, x_BLD, segment_BL, offset, cache: LayerCache | None, row_B=None):
     """Returns the attended values [B, L, D] and the updated cache (None without one).
 
-    With a cache the new keys are written at `offset`; all cached positions
-    count as one document, the queries'.
+    With a cache the new keys are written at `offset` ([B]) of its rows `row_B` (None: every row in its place); all
+    cached positions count as one document, the queries', and segment 0 is padding at its end.
     """
     config, dim = self.config, x_BLD.shape[-1]
 
@@ -62,31 +73,52 @@ class Attention(nn.Module):
       q_BLNH = QKNorm(config.qk_bound, name="query_norm")(q_BLNH)
       k_BLMH = QKNorm(config.qk_bound, name="key_norm")(k_BLMH)
     if config.position == "rotary":
-      position_L = offset + jnp.arange(x_BLD.shape[1])
-      q_BLNH, k_BLMH = (rotate(heads, position_L, config.rotary_base) for heads in (q_BLNH, k_BLMH))
-      slope_M = jnp.zeros(config.num_kv_heads)
-    else:
-      slope_M = jnp.asarray(alibi_slopes(config.num_kv_heads, config.num_global_groups))
+      position = (jnp.asarray(offset)[..., None] + jnp.arange(x_BLD.shape[1])) / config.position_interpolation
+      q_BLNH, k_BLMH = (rotate(heads, position, config.rotary_base) for heads in (q_BLNH, k_BLMH))
+    slope_M = jnp.asarray(layer_slopes(config))
 
-    segment_BS = segment_BL
-    if cache is not None:
-      k_BLMH, v_BLMH = (
-        jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), offset, axis=1)
-        for old, new in zip(cache, (k_BLMH, v_BLMH), strict=True)
+    if cache is None:
+      out_BLNH = attention(
+        q_BLNH,
+        k_BLMH,
+        v_BLMH,
+        slope_M,
+        segment_BL,
+        segment_BL,
+        offset=offset,
+        window_M=layer_windows(config),
+        backend=config.attention_backend,
+        block=config.attention_block,
       )
-      cache = KVCache(k_BLMH, v_BLMH)
-      segment_BS = jnp.broadcast_to(segment_BL[:, :1], k_BLMH.shape[:2])
-    out_BLNH = attention(
-      q_BLNH,
-      k_BLMH,
-      v_BLMH,
-      slope_M,
-      segment_BL,
-      segment_BS,
-      offset=offset,
-      backend=config.attention_backend,
-      block=config.attention_block,
-    )
+    else:
+      out_BLNH, cache = self._cached(q_BLNH, k_BLMH, v_BLMH, slope_M, segment_BL != 0, offset, cache, row_B)
     std = self.out_scale * (config.num_heads * config.head_dim) ** -0.5
     kernel = self.param("out_NHD", scaled_normal(std), (config.num_heads, config.head_dim, dim), jnp.float32)
     return jnp.einsum("BLNH,NHD->BLD", out_BLNH, kernel.astype(x_BLD.dtype)), cache
+
+  def _cached(self, q_BLNH, k_BLMH, v_BLMH, slope_M, real_BL, offset_B, cache: LayerCache, row_B):
+    """Returns the attended heads and the cache, ring by ring."""
+    config = self.config
+    position_BL = offset_B[:, None] + jnp.arange(q_BLNH.shape[1])
+    end_B = offset_B + real_BL.sum(1)
+    heads, window_M = config.num_heads // config.num_kv_heads, layer_windows(config)
+    outs, rings, first = [], [], 0
+    write_B = jnp.arange(q_BLNH.shape[0]) if row_B is None else row_B
+    for ring in cache:
+      last = first + ring.num_groups
+      rings.append(write(ring, write_B, k_BLMH[:, :, first:last], v_BLMH[:, :, first:last], position_BL, real_BL))
+      outs.append(
+        ring_attention(
+          q_BLNH[:, :, first * heads : last * heads],
+          rings[-1],
+          row_B,
+          slope_M[first:last],
+          max(window_M[first:last], key=lambda window: math.inf if window is None else window),
+          position_BL,
+          end_B,
+          backend=config.attention_backend,
+          block=config.attention_block,
+        )
+      )
+      first = last
+    return jnp.concatenate(outs, axis=2), tuple(rings)

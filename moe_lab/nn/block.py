@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 
 from moe_lab.config.schema import ModelConfig, RoutingConfig
-from moe_lab.nn.attention import Attention, KVCache
+from moe_lab.nn.attention import Attention, LayerCache
 from moe_lab.nn.layers import RMSNorm
 from moe_lab.nn.mlp import MLP
 from moe_lab.nn.moe import MoE
-from moe_lab.routing.base import Decisions, RouterContext, RouterState, RouterStats
+from moe_lab.routing.base import Caps, Decisions, RouterContext, RouterState, RouterStats
 
 
 class LayerInputs(NamedTuple):
@@ -19,7 +19,7 @@ class LayerInputs(NamedTuple):
   state: RouterState | None
   key: jax.Array | None
   decisions: Decisions
-  cache: KVCache | None
+  cache: LayerCache | None
 
 
 class SharedInputs(NamedTuple):
@@ -27,10 +27,12 @@ class SharedInputs(NamedTuple):
 
   Attributes:
     segment_BL: int32, document of each token; 0 is padding.
-    offset: int32 [], position of the first token.
+    offset: int32 [], position of the first token; [B] with a cache.
     budget_B: float32, the mean count asked for.
     embedding_BLD: input embeddings, without gradient.
     greedy_B: bool, sequences whose counts are the inference rule's although there is a key; None: no such.
+    caps: upper bounds on the experts; None: the router's own count.
+    row_B: int32, the cache's row of each sequence; None: each in its place.
   """
 
   segment_BL: jax.Array
@@ -38,6 +40,8 @@ class SharedInputs(NamedTuple):
   budget_B: jax.Array
   embedding_BLD: jax.Array
   greedy_B: jax.Array | None = None
+  caps: Caps | None = None
+  row_B: jax.Array | None = None
 
 
 class Block(nn.Module):
@@ -51,12 +55,12 @@ class Block(nn.Module):
   @nn.compact
   def __call__(
     self, x_BLD, layer: LayerInputs, shared: SharedInputs
-  ) -> tuple[jax.Array, tuple[RouterStats | None, KVCache | None]]:
+  ) -> tuple[jax.Array, tuple[RouterStats | None, LayerCache | None]]:
     """Returns x_BLD and, for scan to stack, the layer's statistics and cache."""
     # Residual branches shrink with depth, so that the stream's variance does not grow with it (GPT-2).
     out_scale = (2 * self.model.num_layers) ** -0.5
     attended, cache = Attention(self.model, out_scale, name="attention")(
-      RMSNorm(name="attention_norm")(x_BLD), shared.segment_BL, shared.offset, layer.cache
+      RMSNorm(name="attention_norm")(x_BLD), shared.segment_BL, shared.offset, layer.cache, shared.row_B
     )
     x_BLD = x_BLD + attended
     normed_BLD = RMSNorm(name="mlp_norm")(x_BLD)
@@ -77,6 +81,7 @@ class Block(nn.Module):
       decisions=layer.decisions,
       budget_B=shared.budget_B,
       greedy_T=None if shared.greedy_B is None else per_token(shared.greedy_B),
+      caps=None if shared.caps is None else shared.caps._replace(experts=per_token(shared.caps.experts)),
     )
     moe = MoE(self.model, self.routing, out_scale, self.mesh, name="moe")
     y_TD, stats = moe(normed_BLD.reshape(-1, dim), context)

@@ -11,6 +11,7 @@ from moe_lab.nn.layers import scaled_normal
 from moe_lab.nn.mlp import MLP
 from moe_lab.ops.grouped_mlp import ExpertWeights
 from moe_lab.routing.base import RouterContext, RouterStats
+from moe_lab.routing.cap import capped
 from moe_lab.routing.dispatch import dispatch, experts_backend
 from moe_lab.routing.dropout import jittered, scattered
 from moe_lab.routing.registry import make_router
@@ -42,6 +43,9 @@ class MoE(nn.Module):
     }
     assignment, stats = router(parameters, jittered(x_TD, routing.router_jitter, context), context)
     assignment = scattered(assignment, num_experts, routing.gating_dropout, context)
+    if context.caps is not None:
+      assignment = capped(assignment, context.caps, max(routing.k_min, 1))
+      stats = stats._replace(count_T=assignment.valid_TK.sum(-1))
 
     weights = ExpertWeights(
       gate_EDF=self.param("gate_EDF", scaled_normal(dim**-0.5), (num_experts, dim, hidden), jnp.float32),

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from moe_lab.config.schema import Config
-from moe_lab.nn.attention import KVCache
+from moe_lab.nn.attention import LayerCache
 from moe_lab.nn.block import Block, LayerInputs, SharedInputs
 from moe_lab.nn.layers import RMSNorm, scaled_normal
-from moe_lab.routing.base import Decisions, RouterState, RouterStats
+from moe_lab.routing.base import Caps, Decisions, RouterState, RouterStats
 
 _REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_saveable, "full": jax.checkpoint_policies.nothing_saveable}
 
@@ -22,13 +22,13 @@ class Output(NamedTuple):
     hidden_BLD: after the final norm, in the activations' type.
     head_VD: the output embedding; a loss over the vocabulary reads both (`ops/cross_entropy.py`).
     stats: of the mixture-of-experts layers, leading axis Z.
-    cache: the updated cache, leading axis Z (all layers); None if none was given.
+    cache: the updated cache, layer by layer; None if none was given.
   """
 
   hidden_BLD: jax.Array
   head_VD: jax.Array
   stats: RouterStats
-  cache: KVCache | None
+  cache: tuple[LayerCache, ...] | None
 
   @property
   def logits_BLV(self) -> jax.Array:
@@ -65,8 +65,10 @@ class Transformer(nn.Module):
     key: jax.Array | None = None,
     decisions: Decisions = Decisions(),
     greedy_B: jax.Array | None = None,
-    cache: KVCache | None = None,
+    caps: Caps | None = None,
+    cache: tuple[LayerCache, ...] | None = None,
     offset: jax.Array | int = 0,
+    row_B: jax.Array | None = None,
   ) -> Output:
     """Predicts the next token at every position.
 
@@ -78,27 +80,32 @@ class Transformer(nn.Module):
       key: randomness of training; None: inference, counts by the greedy rule.
       decisions: [Z, T...] choices to replay.
       greedy_B: bool, sequences whose counts are by the greedy rule although there is a key; None: no such.
-      cache: keys and values of earlier tokens; the new ones go to `offset`.
-      offset: position of the first token.
+      caps: upper bounds on the experts of a token and of the batch; None: the router's own count.
+      cache: keys and values of earlier tokens; the new ones go to `offset`. Only for unrolled layers.
+      offset: position of the first token; [B] with a cache.
+      row_B: int32, the cache's row of each sequence; None: each in its place, a cache of B rows.
     """
+    if cache is not None and not self.unrolled:
+      raise ValueError("a cache needs unrolled layers: a scan would copy all of it at each")
     config = self.config.model
     embedding_VD = self.param(
       "embedding_VD", scaled_normal(config.dim**-0.5), (self.config.data.vocab_size, config.dim), jnp.float32
     )
     # The embedding is the head too, where variance 1/D is right; as input it wants variance 1.
     x_BLD = (embedding_VD[token_BL] * config.dim**0.5).astype(config.dtype)
-    shared = SharedInputs(segment_BL, jnp.asarray(offset, jnp.int32), budget_B, jax.lax.stop_gradient(x_BLD), greedy_B)
+    offset, embedding_BLD = jnp.asarray(offset, jnp.int32), jax.lax.stop_gradient(x_BLD)
+    shared = SharedInputs(segment_BL, offset, budget_B, embedding_BLD, greedy_B, caps, row_B)
 
     num_dense = config.num_dense_layers
     block = Block
     if config.remat != "none":
       block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[config.remat])
-    stats, new_caches = None, []
+    stats, new_cache = None, ()
     for is_moe, layers in ((False, slice(0, num_dense)), (True, slice(num_dense, config.num_layers))):
       num_layers = layers.stop - layers.start
       if num_layers == 0:
         continue
-      layer_cache = None if cache is None else KVCache(cache.k_BSMH[layers], cache.v_BSMH[layers])
+      layer_cache = None if cache is None else cache[layers]
       keys = None if key is None else jax.random.split(key, num_layers)
       dense_inputs = LayerInputs(None, None, Decisions(), layer_cache)
       inputs = LayerInputs(router_state, keys, decisions, layer_cache) if is_moe else dense_inputs
@@ -106,15 +113,13 @@ class Transformer(nn.Module):
       run = self._unrolled if self.unrolled else self._scanned
       # The last layers are always mixtures of experts: theirs are the statistics that remain.
       x_BLD, (stats, layer_cache) = run(block, name, num_layers, is_moe, x_BLD, inputs, shared)
-      new_caches.append(layer_cache)
-    if cache is not None:
-      cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *new_caches)
+      new_cache += layer_cache or ()
 
     x_BLD = RMSNorm(name="final_norm")(x_BLD)
     head_VD = embedding_VD
     if not config.tie_embeddings:
       head_VD = self.param("head_VD", scaled_normal(config.dim**-0.5), embedding_VD.shape, jnp.float32)
-    return Output(x_BLD, head_VD, stats, cache)
+    return Output(x_BLD, head_VD, stats, None if cache is None else new_cache)
 
   def _scanned(self, block, name: str, num_layers: int, is_moe: bool, x_BLD, inputs: LayerInputs, shared: SharedInputs):
     """Runs layers whose parameters are stacked, [Z, ...]; so are what they are given and what they return."""
@@ -126,13 +131,15 @@ class Transformer(nn.Module):
   def _unrolled(
     self, block, name: str, num_layers: int, is_moe: bool, x_BLD, inputs: LayerInputs, shared: SharedInputs
   ):
-    """As `_scanned`, one by one, with parameters NAME_0, NAME_1, ..."""
-    outputs = []
-    for z in range(num_layers):
+    """As `_scanned`, one by one, with parameters NAME_0, NAME_1, ...; only the cache is not stacked."""
+    caches, inputs, outputs = inputs.cache or [None] * num_layers, inputs._replace(cache=None), []
+    for z, cache in enumerate(caches):
       layer = block(self.config.model, self.config.routing, is_moe, self.mesh, name=f"{name}_{z}")
-      x_BLD, output = layer(x_BLD, jax.tree.map(lambda leaf, z=z: leaf[z], inputs), shared)
+      layer_inputs = jax.tree.map(lambda leaf, z=z: leaf[z], inputs)._replace(cache=cache)
+      x_BLD, output = layer(x_BLD, layer_inputs, shared)
       outputs.append(output)
-    return x_BLD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+    stats, caches = zip(*outputs, strict=True)
+    return x_BLD, (jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats), caches)
 
 
 def unstack_layers(params: dict) -> dict:

@@ -2,13 +2,16 @@
 
 `attention` is the one signature. Its back ends: `reference` holds the whole
 L x S matrix; `blocked` (`blocked_attention.py`, plain XLA) and `native` (the
-CPU kernel `cpu/attention.cc`) are linear in memory and share their derivative.
+CPU kernel `cpu/attention.cc`) are linear in memory, leave out the keys beyond
+each KV group's window, and share their derivative.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from moe_lab.ops import native
@@ -28,21 +31,28 @@ def reference_attention(q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS,
   return rearrange(out, "B L M G H -> B L (M G) H").astype(q_BLNH.dtype)
 
 
-def native_forward(*inputs):
+def _limits(window_M: Sequence[int | None]) -> jax.Array:
+  """The windows as the CPU kernel takes them: int32, as large as they come where there is none."""
+  most = np.iinfo(np.int32).max
+  return jnp.asarray([most if window is None else min(window, most) for window in window_M], jnp.int32)
+
+
+def native_forward(*inputs, window_M: Sequence[int | None]):
   """As `blocked_forward`, by the CPU kernel, in float32."""
   native.register()
   q_BLNH = inputs[0]
   batch, length, heads, _ = q_BLNH.shape
   shapes = q_BLNH.shape, (batch, heads, length)
-  out_BLNH, log_denominator_BNL = native.call("attention_forward", shapes, *inputs)
+  out_BLNH, log_denominator_BNL = native.call("attention_forward", shapes, *inputs, _limits(window_M))
   return out_BLNH.astype(q_BLNH.dtype), log_denominator_BNL
 
 
-def native_backward(*inputs_and_outputs):
+def native_backward(*inputs_and_outputs, window_M: Sequence[int | None]):
   """As `blocked_backward`."""
   shapes = [x.shape for x in inputs_and_outputs[:3]]
-  gradients = native.call("attention_backward", shapes, *inputs_and_outputs)
-  return tuple(d.astype(x.dtype) for d, x in zip(gradients, inputs_and_outputs, strict=False))
+  inputs, outputs = inputs_and_outputs[:7], inputs_and_outputs[7:]
+  gradients = native.call("attention_backward", shapes, *inputs, _limits(window_M), *outputs)
+  return tuple(d.astype(x.dtype) for d, x in zip(gradients, inputs, strict=False))
 
 
 def _run(backend: str, native_kernel, blocked, *arrays):
@@ -52,20 +62,22 @@ def _run(backend: str, native_kernel, blocked, *arrays):
   return (native_kernel if backend == "native" else blocked)(*arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(backend: str, block: int, *inputs):
-  return _attend_forward(backend, block, *inputs)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(backend: str, block: int, window_M: tuple[int | None, ...], *inputs):
+  return _attend_forward(backend, block, window_M, *inputs)[0]
 
 
-def _attend_forward(backend, block, *inputs):
-  blocked = functools.partial(blocked_forward, block=block)
-  out_BLNH, log_denominator_BNL = _run(backend, native_forward, blocked, *inputs)
+def _attend_forward(backend, block, window_M, *inputs):
+  blocked = functools.partial(blocked_forward, block=block, window_M=window_M)
+  kernel = functools.partial(native_forward, window_M=window_M)
+  out_BLNH, log_denominator_BNL = _run(backend, kernel, blocked, *inputs)
   return out_BLNH, (*inputs, out_BLNH, log_denominator_BNL)
 
 
-def _attend_backward(backend, block, saved, d_out_BLNH):
-  blocked = functools.partial(blocked_backward, block=block)
-  dq_BLNH, dk_BSMH, dv_BSMH = _run(backend, native_backward, blocked, *saved, d_out_BLNH)
+def _attend_backward(backend, block, window_M, saved, d_out_BLNH):
+  blocked = functools.partial(blocked_backward, block=block, window_M=window_M)
+  kernel = functools.partial(native_backward, window_M=window_M)
+  dq_BLNH, dk_BSMH, dv_BSMH = _run(backend, kernel, blocked, *saved, d_out_BLNH)
   # Slopes are constants, segments and offset integers: no gradient.
   return dq_BLNH, dk_BSMH, dv_BSMH, jnp.zeros_like(saved[3]), None, None, None
 
@@ -82,6 +94,7 @@ def attention(
   segment_BS: jax.Array,
   *,
   offset: jax.Array | int = 0,
+  window_M: tuple[int | None, ...] | None = None,
   backend: str = "auto",
   block: int = 64,
 ) -> jax.Array:
@@ -95,6 +108,9 @@ def attention(
     segment_BL: int32, the document of each query.
     segment_BS: int32, the document of each key.
     offset: position of the first query (0 in training; the cache's fill in decoding).
+    window_M: how many keys a query of each KV group has to look at, itself included (`alibi.windows`); None, of a group
+      or altogether: all. Blocks of keys beyond it are skipped, others are not cut: a wrong window changes the result,
+      a right one does not. The reference, which is the definition, looks at everything.
     backend: reference | blocked | native (CPU) | auto: for one block of queries the reference; for more, native on
       CPU where it can be built, and blocked elsewhere.
     block: rows and columns of a block of `blocked`.
@@ -106,5 +122,5 @@ def attention(
   if backend == "reference" or (backend == "auto" and q_BLNH.shape[1] <= block):
     return reference_attention(*arguments)
   if backend in ("auto", "blocked", "native"):
-    return _attend(backend, block, *arguments)
+    return _attend(backend, block, window_M or (None,) * k_BSMH.shape[2], *arguments)
   raise ValueError(f"attention backend {backend!r}: wanted auto, reference, blocked or native")

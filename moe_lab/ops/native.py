@@ -26,7 +26,14 @@ import jaxlib
 from moe_lab.config.program import cache_dir
 from moe_lab.errors import RunError
 
-TARGETS = ("experts_forward", "experts_backward", "attention_forward", "attention_backward")
+TARGETS = (
+  "experts_forward",
+  "experts_backward",
+  "attention_forward",
+  "attention_backward",
+  "attention_step",
+  "logits_step",
+)
 _SOURCES = Path(__file__).with_name("cpu")
 
 log = logging.getLogger(__name__)
@@ -41,6 +48,11 @@ def available() -> bool:
     log.warning("CPU kernels left out, XLA's take their place (slower): %s", error)
     return False
   return True
+
+
+def used_here() -> bool:
+  """Returns whether programs for the default device may call the kernels."""
+  return jax.default_backend() == "cpu" and available()
 
 
 @functools.cache

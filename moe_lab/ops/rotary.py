@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 
 
-def rotate(x_BLNH: jax.Array, position_L: jax.Array, base: float) -> jax.Array:
+def rotate(x_BLNH: jax.Array, position: jax.Array, base: float) -> jax.Array:
   """Rotates each pair (x_h, x_{h + H/2}) by position * base^(-2h/H).
 
   Args:
     x_BLNH: queries or keys; H even.
-    position_L: int32 [L].
+    position: [L] or [B, L], integers, or fractions where positions are interpolated.
     base: of the geometric series of wavelengths.
 
   Returns:
@@ -17,8 +17,8 @@ def rotate(x_BLNH: jax.Array, position_L: jax.Array, base: float) -> jax.Array:
   """
   half = x_BLNH.shape[-1] // 2
   frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle_LH = position_L[:, None].astype(jnp.float32) * frequency
-  sin, cos = jnp.sin(angle_LH)[:, None, None], jnp.cos(angle_LH)[:, None, None]
+  angle = position[..., None].astype(jnp.float32) * frequency
+  sin, cos = jnp.sin(angle)[..., None, None, :], jnp.cos(angle)[..., None, None, :]
   # As pairs on an axis of their own, whose order is turned: concatenated halves take CPU five times as long.
   pair = x_BLNH.astype(jnp.float32).reshape(*x_BLNH.shape[:-1], 2, half)
   sign = jnp.asarray([[-1.0], [1.0]])

@@ -128,6 +128,18 @@ class Decisions(NamedTuple):
   expert_TK: jax.Array | None = None
 
 
+class Caps(NamedTuple):
+  """Upper bounds on what inference spends (`cap.py`).
+
+  Attributes:
+    experts: int32, most experts of a token: [B] by sequence, or [T].
+    rows: int32 [], (token, expert) rows that a layer's tokens share; None: no such bound.
+  """
+
+  experts: jax.Array
+  rows: jax.Array | None = None
+
+
 class RouterContext(NamedTuple):
   """Everything a router reads besides its parameters and the hidden state.
 
@@ -140,6 +152,7 @@ class RouterContext(NamedTuple):
     decisions: choices to replay.
     budget_B: float32, the same for each row of the batch; tokens are B equal rows, one after the other. None: one row.
     greedy_T: bool, tokens that take the inference rule's count although there is a key; None: no such.
+    caps: bounds on the counts, which the layer holds the router's choice to; None: none.
   """
 
   mask_T: jax.Array
@@ -150,6 +163,7 @@ class RouterContext(NamedTuple):
   decisions: Decisions
   budget_B: jax.Array | None = None
   greedy_T: jax.Array | None = None
+  caps: Caps | None = None
 
   @property
   def num_sequences(self) -> int:

@@ -42,8 +42,19 @@ def test_contenders_take_turns():
 @pytest.mark.slow
 @pytest.mark.parametrize("benchmark", ["moe_layer", "attention", "decode"])
 def test_each_benchmark_runs(benchmark):
-  [measured], _ = measure([Contender("ours", benchmark, dataclasses.replace(SMALL, seq_len=256))], 1, "cpu", str)
+  case = dataclasses.replace(SMALL, seq_len=256, sequences=2 if benchmark == "decode" else 0)
+  [measured], _ = measure([Contender("ours", benchmark, case)], 1, "cpu", str)
   assert measured.unit == "token" and measured.flops_per_second > 0
+
+
+@pytest.mark.slow
+def test_tokens_under_a_mix_of_prompts_are_timed():
+  case = dataclasses.replace(SMALL, method="dynamic", sequences=8)
+  free, steady = measure([Contender("ours", "decode", case, variant) for variant in ("", "steady")], 1, "cpu", str)[0]
+  assert free.numbers["p50_ms"] <= free.numbers["p99_ms"] and steady.name == "moe_lab steady"
+  assert steady.numbers["mean_experts"] <= free.numbers["mean_experts"]
+  text = results.table([free, steady], 1e12)
+  assert "p99" in text and f"{steady.numbers['p99_ms']:.2f} ms" in text
 
 
 def test_more_rows_than_any_share_foresees_are_all_computed():

@@ -41,14 +41,15 @@ def place(tmp_path_factory):
   return folder
 
 
-def program(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess:
-  """Runs experiments.NAME in `folder`; configs are given relative to the repository."""
+def program(folder: Path, name: str, *arguments: str, text: str = "") -> subprocess.CompletedProcess:
+  """Runs experiments.NAME in `folder` with `text` typed in; configs are given relative to the repository."""
   arguments = [a.replace("configs/", f"{ROOT}/configs/") for a in arguments]
   return subprocess.run(
     [sys.executable, "-m", f"experiments.{name}", *arguments],
     cwd=folder,
     env={"PATH": "/usr/bin:/bin", "HOME": str(folder), "PYTHONPATH": str(ROOT), "MOE_LAB_CACHE": str(folder / "cache")},
     capture_output=True,
+    input=text,
     text=True,
     timeout=300,
   )
@@ -85,9 +86,27 @@ def test_generate_and_report(place):
   arguments = ("--workdir=run", "--prompt=def ", "--max_tokens=12", "--seed=3")
   first, second = (result_of(program(place, "generate", *arguments)) for _ in range(2))
   assert first["text"] == second["text"] and first["tokens"] <= 12 and 1 <= first["mean_experts"] <= 4
+  assert len(first["experts"]) == len(first["log_probs"]) == first["tokens"]
+  assert first["cache_bytes"] <= first["full_cache_bytes"] and not (first["stopped"] and first["tokens"] == 12)
   before = (place / "run" / "report.html").read_text()
   assert result_of(program(place, "report", "--workdir=run"))["report"].endswith("report.html")
   assert (place / "run" / "report.html").read_text() == before
+
+
+@pytest.mark.slow
+def test_generate_answers_a_file_and_a_talk(place):
+  lines = [{"prompt": "def ", "max_tokens": 3}, {"prompt": "return", "temperature": 0, "stop": "(", "max_experts": 1}]
+  (place / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  arguments = ("--workdir=run", "--prompts=some.jsonl", "--max_tokens=9", "--steady")
+  result = result_of(program(place, "generate", *arguments))
+  answers = [json.loads(line) for line in (place / result["file"]).read_text().splitlines()]
+  answers.sort(key=lambda answer: answer["index"])
+  assert [answer["prompt"] for answer in answers] == ["def ", "return"] and result["prompts"] == 2
+  assert len(answers[0]["tokens"]) <= 3 and set(answers[1]["experts"]) == {1.0} and "(" not in answers[1]["text"]
+  refused = program(place, "generate", *arguments)
+  assert refused.returncode == 2 and "is there already" in refused.stderr
+  talk = result_of(program(place, "generate", "--workdir=run", "--chat", "--max_tokens=4", text="x = 1\ny = 2\n"))
+  assert talk["turns"] == 2 and len(talk["text"]) == 2 and talk["tokens"] <= 8
 
 
 TEXT = ("--config.data.sources=text:text", "--workdir=new")
@@ -111,6 +130,9 @@ TEXT = ("--config.data.sources=text:text", "--workdir=new")
     ("evaluate", ("--workdir=run", "--split=tset"), ("tset", "test")),
     ("evaluate", ("--workdir=run", "--budget=17"), ("--budget=17", "wanted 2")),
     ("generate", ("--workdir=run", "--bugdet=2"), ("bugdet", "budget")),
+    ("generate", ("--workdir=run", "--chat", "--prompts=x"), ("--prompts", "--chat")),
+    ("generate", ("--workdir=run", "--prompts=nowhere.txt"), ("nowhere.txt",)),
+    ("generate", ("--workdir=run", "--budget=3"), ("--budget=3", "wanted 2")),
     ("report", ("--workdir=nowhere",), ("nowhere",)),
     ("benchmark", (), ("benchmark", "train_step", "decode")),
     ("benchmark", ("train_stp",), ("train_stp", "did you mean 'train_step'")),

@@ -6,7 +6,7 @@ import pytest
 
 from moe_lab.config.schema import Config, ModelConfig, RoutingConfig
 from moe_lab.errors import UserError
-from moe_lab.infer.generate import Generator
+from moe_lab.infer.engine import Engine
 from moe_lab.routing.expert_choice import ExpertChoice, picks
 from moe_lab.routing.sequence_topk import SequenceTopK, counts_of_best
 
@@ -50,4 +50,4 @@ def test_a_sequence_spends_exactly_its_budget(make_context):
 def test_decoding_is_refused(method):
   config = Config(ModelConfig(), RoutingConfig(method=method))
   with pytest.raises(UserError, match=f"routing.method={method} cannot decode"):
-    Generator(config, {}, None)
+    Engine(config, {}, None)

@@ -2,7 +2,8 @@
 // 2205.14135): the logits of one tile of queries and one block of keys at a time, in the first cache.
 //
 // Letters as in moe_lab/types.py: B batch, L queries, S keys, N query heads, M KV heads, G = N / M, H head width. Key s
-// stands at position s, query l at offset + l. Tiles that causality hides are not computed.
+// stands at position s, query l at offset + l. Tiles that causality hides are not computed, nor are those whose keys lie
+// beyond the window of their KV group (ops/alibi.py): a query at position p has to look at keys (p - window, p] only.
 
 #include <algorithm>
 #include <cmath>
@@ -28,15 +29,16 @@ struct Shape {
 struct Inputs {
   Shape shape;
   const float *q, *k, *v, *slope_M;
-  const int32_t *segment_BL, *segment_BS;
+  const int32_t *segment_BL, *segment_BS, *window_M;
   int64_t offset;
 
   Inputs(const Floats& q, const Floats& k, const Floats& v, const Floats& slope, const Ints& segment_q,
-         const Ints& segment_k, const Ints& offset)
+         const Ints& segment_k, const Ints& offset, const Ints& window)
       : shape{q.dimensions()[0], q.dimensions()[1], k.dimensions()[1],
               q.dimensions()[2], k.dimensions()[2], q.dimensions()[3]},
         q(q.typed_data()), k(k.typed_data()), v(v.typed_data()), slope_M(slope.typed_data()),
-        segment_BL(segment_q.typed_data()), segment_BS(segment_k.typed_data()), offset(offset.typed_data()[0]) {}
+        segment_BL(segment_q.typed_data()), segment_BS(segment_k.typed_data()), window_M(window.typed_data()),
+        offset(offset.typed_data()[0]) {}
 
   // Element h = 0 of a row of q (or of what has its shape) and of k or v.
   int64_t query(int64_t b, int64_t l, int64_t n) const { return ((b * shape.L + l) * shape.N + n) * shape.H; }
@@ -77,6 +79,11 @@ int64_t seen_keys(int64_t position, int64_t first) {
   return std::clamp<int64_t>(round_up(position - first + 1, kColumns), 0, kKeys);
 }
 
+// Keys of a block that no query from `position` on has in its window, in whole panels.
+int64_t passed_keys(int64_t position, int64_t window, int64_t first) {
+  return std::clamp<int64_t>(position - window + 1 - first, 0, kKeys) / kColumns * kColumns;
+}
+
 void forward_task(const Inputs& in, int64_t b, int64_t n, int64_t query0, float* out, float* log_denominator_BNL) {
   thread_local Scratch scratch;
   const Shape& shape = in.shape;
@@ -92,8 +99,9 @@ void forward_task(const Inputs& in, int64_t b, int64_t n, int64_t query0, float*
   const Logits logits_of{1.0f / std::sqrt(static_cast<float>(H)), in.slope_M[m], in.segment_BS + b * shape.S, shape.S};
   Tile tile;
 
-  const int64_t last = std::min(shape.S - 1, in.offset + query0 + queries - 1);
-  for (int64_t first = 0; first <= last; first += kKeys) {
+  const int64_t window = in.window_M[m], last = std::min(shape.S - 1, in.offset + query0 + queries - 1);
+  const int64_t first_seen = std::max<int64_t>(in.offset + query0 - window + 1, 0) / kColumns * kColumns;
+  for (int64_t first = first_seen; first <= last; first += kKeys) {
     const int64_t count = std::min(kKeys, shape.S - first);
     const float *k = in.k + in.key(b, first, m), *v = in.v + in.key(b, first, m);
     for (int64_t j = 0; j < count; j += kColumns) pack_transposed(k, shape.M * H, H, count, j, keys + j * H);
@@ -104,8 +112,9 @@ void forward_task(const Inputs& in, int64_t b, int64_t n, int64_t query0, float*
     for (int64_t i = 0; i < queries; i += kRows) {
       const int64_t tile_rows = std::min<int64_t>(kRows, queries - i), position = in.offset + query0 + i;
       const int64_t seen = std::min(seen_keys(position + tile_rows - 1, first), round_up(count, kColumns));
-      if (seen == 0) continue;
-      for (int64_t j = 0; j < seen; j += kColumns) {
+      const int64_t passed = passed_keys(position, window, first);
+      if (seen <= passed) continue;
+      for (int64_t j = passed; j < seen; j += kColumns) {
         multiply_panels(H, q + i * kColumns, rows, keys + j * H, tile);
         for (int64_t r = 0; r < tile_rows; ++r) {
           Vec logits[2];
@@ -118,10 +127,10 @@ void forward_task(const Inputs& in, int64_t b, int64_t n, int64_t query0, float*
       for (int64_t r = 0; r < tile_rows; ++r) {
         float* row = weights + r * kStride;
         Vec top = splat(highest[i + r]);
-        for (int64_t j = 0; j < seen; j += kLanes) top = select(load(row + j) > top, load(row + j), top);
+        for (int64_t j = passed; j < seen; j += kLanes) top = select(load(row + j) > top, load(row + j), top);
         const float new_highest = largest(top);
         Vec total{};
-        for (int64_t j = 0; j < seen; j += kLanes) {
+        for (int64_t j = passed; j < seen; j += kLanes) {
           const Vec logit = load(row + j);
           const Vec weight = select(logit > 0.1f * kMasked, exp(logit - new_highest), splat(0.0f));
           total += weight;
@@ -132,7 +141,7 @@ void forward_task(const Inputs& in, int64_t b, int64_t n, int64_t query0, float*
         highest[i + r] = new_highest;
       }
       for (int64_t h = 0; h < H; h += kColumns) {
-        multiply_block(seen, weights, values + h * kKeys, tile);
+        multiply_block(seen - passed, weights + passed, values + h * kKeys + passed * kColumns, tile);
         float* to = sums + h * rows + i * kColumns;
         for (int64_t r = 0; r < tile_rows; ++r, to += kColumns) {
           for (int j = 0; j < kColumns; j += kLanes) store(to + j, load(to + j) * scale[r] + load(tile.at[r] + j));
@@ -160,6 +169,7 @@ void backward_task(const Inputs& in, int64_t b, int64_t m, int64_t key0, int64_t
   float *q = dv_sum + kKeys * padded_H, *d_out_rows = q + kBackwardQueries * padded_H;
   float *weights = d_out_rows + kBackwardQueries * padded_H, *d_logits = weights + kBackwardQueries * kStride;
   const Logits logits_of{1.0f / std::sqrt(static_cast<float>(H)), in.slope_M[m], in.segment_BS + b * shape.S, shape.S};
+  const int64_t window = in.window_M[m];
   Tile tile, d_tile;
 
   for (int64_t first = key0; first < key1; first += kKeys) {
@@ -174,20 +184,22 @@ void backward_task(const Inputs& in, int64_t b, int64_t m, int64_t key0, int64_t
       std::fill(keys + h * kKeys + count * kColumns, keys + (h + kColumns) * kKeys, 0.0f);
     }
     std::fill(dk_sum, dk_sum + 2 * kKeys * padded_H, 0.0f);
-    // Earlier queries see none of these keys.
+    // Earlier queries see none of these keys, later ones have none in their window.
     const int64_t first_query = std::clamp<int64_t>(first - in.offset, 0, shape.L) / kRows * kRows;
+    const int64_t end_query = std::clamp<int64_t>(first + count - 1 + window - in.offset, 0, shape.L);
     for (int64_t g = 0; g < G; ++g) {
       const int64_t n = m * G + g, at_L = (b * shape.N + n) * shape.L;
-      for (int64_t query0 = first_query; query0 < shape.L; query0 += kBackwardQueries) {
-        const int64_t queries = std::min(kBackwardQueries, shape.L - query0);
+      for (int64_t query0 = first_query; query0 < end_query; query0 += kBackwardQueries) {
+        const int64_t queries = std::min(kBackwardQueries, end_query - query0);
         put_panels(in.q + in.query(b, query0, n), shape.N * H, queries, H, kBackwardQueries, q);
         put_panels(d_out + in.query(b, query0, n), shape.N * H, queries, H, kBackwardQueries, d_out_rows);
         int64_t seen_by_last = 0;
         for (int64_t i = 0; i < queries; i += kRows) {
           const int64_t tile_rows = std::min<int64_t>(kRows, queries - i), position = in.offset + query0 + i;
           const int64_t seen = std::min(seen_keys(position + tile_rows - 1, first), round_up(count, kColumns));
+          const int64_t passed = std::min(passed_keys(position, window, first), seen);
           seen_by_last = seen;
-          for (int64_t j = 0; j < seen; j += kColumns) {
+          for (int64_t j = passed; j < seen; j += kColumns) {
             multiply_panels(H, q + i * kColumns, kBackwardQueries, keys_HS + j * H, tile);
             multiply_panels(H, d_out_rows + i * kColumns, kBackwardQueries, values_HS + j * H, d_tile);
             for (int64_t r = 0; r < tile_rows; ++r) {
@@ -202,14 +214,18 @@ void backward_task(const Inputs& in, int64_t b, int64_t m, int64_t key0, int64_t
               }
             }
           }
-          // The tiles of keys below may reach into the next panel.
+          // The tiles of keys below may reach into the panel before and the next one.
           for (int64_t r = 0; r < tile_rows; ++r) {
-            const int64_t to = (i + r) * kStride + seen;
-            std::fill_n(weights + to, std::min<int64_t>(kColumns, kStride - seen), 0.0f);
-            std::fill_n(d_logits + to, std::min<int64_t>(kColumns, kStride - seen), 0.0f);
+            const int64_t row = (i + r) * kStride, before = std::min<int64_t>(kColumns, passed);
+            const int64_t after = std::min<int64_t>(kColumns, kStride - seen);
+            for (float* to : {weights + row, d_logits + row}) {
+              std::fill_n(to + passed - before, before, 0.0f);
+              std::fill_n(to + seen, after, 0.0f);
+            }
           }
           for (int64_t h = 0; h < H; h += kColumns) {
-            multiply_block(seen, d_logits + i * kStride, keys + h * kKeys, tile);
+            const int64_t from = i * kStride + passed;
+            multiply_block(seen - passed, d_logits + from, keys + h * kKeys + passed * kColumns, tile);
             const int64_t width = std::min<int64_t>(kColumns, H - h);
             for (int64_t r = 0; r < tile_rows; ++r) {
               float* to = dq + in.query(b, query0 + i + r, n) + h;
@@ -221,10 +237,14 @@ void backward_task(const Inputs& in, int64_t b, int64_t m, int64_t key0, int64_t
           // The first row of queries, in whole tiles, that sees key j.
           const int64_t row0 = std::max<int64_t>(first + j - in.offset - query0, 0) / kRows * kRows;
           if (row0 >= queries) break;
+          // And the first, likewise, that has passed it: see `passed_keys`.
+          const int64_t past = round_up(j + kRows, kColumns) + first + window - 1 - in.offset - query0;
+          const int64_t rows = std::min(queries, round_up(std::max<int64_t>(past, 0), kRows)) - row0;
+          if (rows <= 0) continue;
           for (int64_t h = 0; h < H; h += kColumns) {
             const int64_t from = row0 * kStride + j, right = h * kBackwardQueries + row0 * kColumns;
-            multiply_columns(queries - row0, d_logits + from, q + right, tile);
-            multiply_columns(queries - row0, weights + from, d_out_rows + right, d_tile);
+            multiply_columns(rows, d_logits + from, q + right, tile);
+            multiply_columns(rows, weights + from, d_out_rows + right, d_tile);
             float *dk_to = dk_sum + h * kKeys + j * kColumns, *dv_to = dv_sum + h * kKeys + j * kColumns;
             for (int64_t e = 0; e < std::min<int64_t>(kRows, kKeys - j) * kColumns; e += kLanes) {
               store(dk_to + e, load(dk_to + e) + load(tile.at[0] + e));
@@ -246,8 +266,9 @@ void backward_task(const Inputs& in, int64_t b, int64_t m, int64_t key0, int64_t
 }
 
 ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats slope_M, Ints segment_BL,
-                   Ints segment_BS, Ints offset, ffi::Result<Floats> out, ffi::Result<Floats> log_denominator_BNL) {
-  const Inputs in(q, k, v, slope_M, segment_BL, segment_BS, offset);
+                   Ints segment_BS, Ints offset, Ints window_M, ffi::Result<Floats> out,
+                   ffi::Result<Floats> log_denominator_BNL) {
+  const Inputs in(q, k, v, slope_M, segment_BL, segment_BS, offset, window_M);
   const int64_t parts = (in.shape.L + kQueries - 1) / kQueries, heads = in.shape.B * in.shape.N;
   parallel_for(pool, heads * parts, [&](int64_t i) {
     // The last queries, which see the most keys, first.
@@ -259,10 +280,10 @@ ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats sl
 }
 
 ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats slope_M, Ints segment_BL,
-                    Ints segment_BS, Ints offset, Floats out, Floats log_denominator_BNL, Floats d_out,
-                    ffi::Result<Floats> dq, ffi::Result<Floats> dk, ffi::Result<Floats> dv) {
+                    Ints segment_BS, Ints offset, Ints window_M, Floats out, Floats log_denominator_BNL,
+                    Floats d_out, ffi::Result<Floats> dq, ffi::Result<Floats> dk, ffi::Result<Floats> dv) {
   thread_local Scratch correction_scratch, part_scratch;
-  const Inputs in(q, k, v, slope_M, segment_BL, segment_BS, offset);
+  const Inputs in(q, k, v, slope_M, segment_BL, segment_BS, offset, window_M);
   const Shape& shape = in.shape;
   const int64_t size = q.element_count();
   // Row sums of d_weights * weights: the softmax's own correction (FlashAttention, section 3.1).
@@ -314,6 +335,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_lab_attention_forward, moe_lab::forward,
                                   .Arg<moe_lab::Ints>()
                                   .Arg<moe_lab::Ints>()
                                   .Arg<moe_lab::Ints>()
+                                  .Arg<moe_lab::Ints>()
                                   .Ret<moe_lab::Floats>()
                                   .Ret<moe_lab::Floats>());
 
@@ -324,6 +346,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_lab_attention_backward, moe_lab::backward,
                                   .Arg<moe_lab::Floats>()
                                   .Arg<moe_lab::Floats>()
                                   .Arg<moe_lab::Floats>()
+                                  .Arg<moe_lab::Ints>()
                                   .Arg<moe_lab::Ints>()
                                   .Arg<moe_lab::Ints>()
                                   .Arg<moe_lab::Ints>()

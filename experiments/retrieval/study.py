@@ -1,0 +1,117 @@
+"""How far does a model retrieve that was trained at 1K tokens? Modified ALiBi beside plain ALiBi and rotary.
+
+    python -m experiments.retrieval.study --workdir=runs/retrieval
+
+Trains the arms of configs/retrieval.py for each seed (what is trained already
+is taken as it is) and asks each at rows of 1K to 16K tokens, with positions as
+trained and interpolated back to the trained length. What was measured already is
+kept in the run's folder. Table and curves go to WORKDIR/study.html and study.json;
+the last line on stdout is the JSON result.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from moe_lab.config import program
+from moe_lab.errors import UserError, did_you_mean
+
+CONFIG = Path(__file__).parents[2] / "configs/retrieval.py"
+ARMS = ("modified", "plain", "rotary")
+LENGTHS = {1024: 64, 2048: 64, 4096: 64, 8192: 32, 16_384: 16}  # tokens of a row, and how many rows
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds to train.", flag_values=FLAGS)
+flags.DEFINE_list("arms", list(ARMS), "Arms of configs/retrieval.py.", flag_values=FLAGS)
+flags.DEFINE_integer("longest", max(LENGTHS), "Rows up to this many tokens.", flag_values=FLAGS)
+flags.DEFINE_enum(
+  "split", "validation", ["validation", "test"], "Tune on validation; report, once, on test.", flag_values=FLAGS
+)
+
+
+def main(workdir: Path) -> dict:
+  """Trains and asks all arms and seeds."""
+  from experiments.retrieval import page
+  from moe_lab.config.load import load
+  from moe_lab.config.resolve import resolve
+  from moe_lab.io.files import dump_json, write_text
+  from moe_lab.train.loop import train
+
+  for arm in FLAGS.arms:
+    if arm not in ARMS:
+      raise UserError(f"--arms={arm}: wanted some of {', '.join(ARMS)}{did_you_mean(arm, ARMS)}")
+  configs = {arm: resolve(load(f"{CONFIG}:{arm}")) for arm in FLAGS.arms}
+  runs = []
+  for arm, config in configs.items():
+    for seed in map(int, FLAGS.seeds):
+      folder = workdir / f"{arm}-{seed}"
+      seeded = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, seed=seed), data=dataclasses.replace(config.data, seed=seed)
+      )
+      trained = train(seeded, folder, program.cache_dir(), sys.argv)
+      runs.append(
+        {"arm": arm, "seed": seed, "val_loss": trained["val_loss"], "asked": _asked(folder, seeded.data.seq_len)}
+      )
+      for one in runs[-1]["asked"]:
+        print(f"{arm} {seed}: {_in_words(one)}", file=sys.stderr, flush=True)
+  study = {"split": FLAGS.split, "runs": runs, "summary": _summary(runs)}
+  write_text(workdir / "study.json", dump_json(study, indent=1) + "\n")
+  write_text(
+    workdir / "study.html",
+    page.page_of(study["summary"], "python -m experiments.retrieval.study " + " ".join(sys.argv[1:])),
+  )
+  print(page.table(study["summary"]), file=sys.stderr)
+  return {"split": FLAGS.split, "summary": study["summary"], "workdir": workdir}
+
+
+def _asked(folder: Path, trained_length: int) -> list[dict]:
+  """Returns the answers of one run by length and interpolation; what is kept in the folder is not asked again."""
+  from experiments.retrieval.answers import answered
+  from moe_lab.io.files import dump_json, write_text
+  from moe_lab.train.load import load_model
+
+  loaded = load_model(folder)
+  kept = folder / f"answers-{FLAGS.split}.json"
+  found = json.loads(kept.read_text()) if kept.is_file() else []
+  done = {(one["step"], one["length"], one["rows"], one["interpolation"]) for one in found}
+  for length, rows in LENGTHS.items():
+    for interpolation in sorted({1.0, length / trained_length}):
+      key = (loaded.step, length, rows, interpolation)
+      if length > FLAGS.longest or key in done:
+        continue
+      right = answered(loaded, program.cache_dir(), length, rows, interpolation, FLAGS.split)
+      found.append(dict(zip(("step", "length", "rows", "interpolation"), key, strict=True)) | right)
+      write_text(kept, dump_json(found, indent=1) + "\n")
+  return [one for one in found if one["step"] == loaded.step and one["length"] <= FLAGS.longest]
+
+
+def _in_words(one: dict) -> str:
+  shares = ", ".join(f"{kind} {one[kind]['right']}/{one[kind]['asked']}" for kind in ("passkey", "multikey"))
+  return f"{one['length']:,} tokens, interpolated {one['interpolation']:g} times: {shares}"
+
+
+def _summary(runs: list[dict]) -> list[dict]:
+  """Returns accuracy by arm, interpolation or not, and length: of each seed, and over all of their questions."""
+  found: dict[tuple, dict] = {}
+  for run in runs:
+    for one in run["asked"]:
+      # At the trained length both are the same.
+      ways = (False, True) if one["length"] == min(LENGTHS) else (one["interpolation"] != 1,)
+      for interpolated in ways:
+        key = (run["arm"], interpolated, one["length"])
+        entry = found.setdefault(key, dict(zip(("arm", "interpolated", "length"), key, strict=True)) | {"by_seed": {}})
+        entry["by_seed"][str(run["seed"])] = {
+          kind: one[kind]["right"] / one[kind]["asked"] for kind in ("passkey", "multikey")
+        }
+  for entry in found.values():
+    for kind in ("passkey", "multikey"):
+      shares = [by_kind[kind] for by_kind in entry["by_seed"].values()]
+      entry[kind] = sum(shares) / len(shares)
+  return list(found.values())
+
+
+if __name__ == "__main__":
+  program.run(main, FLAGS)

@@ -1,0 +1,295 @@
+"""Generation: chunked prefill, and continuous batching over a fixed number of slots.
+
+A request gets a free slot, into which its prompt is read in chunks, beside a few other prompts; from there on it
+decodes beside all others, and leaves when it is done. Two programs are compiled, whatever comes: chunks of prompts, and
+some steps of decoding, whose tokens come to the host together.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from moe_lab.config.schema import Config
+from moe_lab.errors import UserError
+from moe_lab.infer import programs
+from moe_lab.infer.cache import cache_bytes, empty_cache, full_cache_bytes
+from moe_lab.infer.sampling import Sampling
+from moe_lab.infer.text import TextStream
+from moe_lab.nn.transformer import Transformer, unstack_layers
+from moe_lab.routing.base import RouterState
+from moe_lab.routing.registry import make_router
+
+READERS = 4  # prompts that are read together: their experts' weights are fetched once
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What to write on from, and how.
+
+  Attributes:
+    prompt: token ids, at least one.
+    max_tokens: at most so many new ones.
+    temperature, top_k, top_p, min_p, seed: as in `Sampling`.
+    budget: mean experts asked for; None: the trained budget.
+    max_experts: no token takes more; None: the method's own most.
+    stop: strings that end the text and are not part of it; they need the engine's `decode`.
+    stop_token: an id that ends it, and is its last token; -1: none.
+  """
+
+  prompt: Sequence[int]
+  max_tokens: int = 128
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  seed: int = 0
+  budget: float | None = None
+  max_experts: int | None = None
+  stop: tuple[str, ...] = ()
+  stop_token: int = -1
+
+
+class Token(NamedTuple):
+  """One generated token.
+
+  Attributes:
+    token: its id.
+    log_prob: of the token under the model at temperature 1 and without filters, in nats.
+    experts: mean over layers of the experts spent on computing it.
+    text: what can be shown now that it is there; empty without the engine's `decode`.
+    finish: what ended the response with this token: stop | length; None: more are to come.
+  """
+
+  token: int
+  log_prob: float
+  experts: float
+  text: str
+  finish: str | None
+
+
+@dataclasses.dataclass
+class _Serving:
+  """A request; `read` of its prompt's tokens are in the cache, `made` tokens were delivered."""
+
+  ticket: int
+  request: Request
+  stream: TextStream | None
+  read: int = 0
+  made: int = 0
+
+  @property
+  def reading(self) -> bool:
+    """Whether there is more of the prompt."""
+    return self.read < len(self.request.prompt)
+
+
+class Engine:
+  """Serves requests with fixed parameters.
+
+  What a request gets does not depend on which others are served, but for `steady`, which shares experts among them.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    params,
+    router_state: RouterState,
+    *,
+    slots: int = 1,
+    capacity: int = 1024,
+    chunk: int = 128,
+    steps: int = 8,
+    steady: bool = False,
+    budget: float | None = None,
+    decode: Callable[[Sequence[int]], str] | None = None,
+  ):
+    """Sets up empty slots.
+
+    Args:
+      config: of the model.
+      params: its parameters, stacked or not.
+      router_state: with the greedy rule's calibration.
+      slots: sequences that are decoded together.
+      capacity: most tokens of a sequence, prompt and response.
+      chunk: tokens of a prompt that are read at a time.
+      steps: most tokens of a sequence between two looks of the host; new requests and stop strings wait that long.
+      steady: hold each step's expert rows per layer to slots * budget, rounded up, hardest tokens first, and read
+        one chunk of a prompt between steps, so that no prompt makes the others wait long.
+      budget: of requests that ask for none, and of `steady`; None: the trained budget.
+      decode: turns tokens into text.
+
+    Raises:
+      UserError: the routing method is not causal.
+    """
+    routing = config.routing
+    if not make_router(routing).causal:
+      raise UserError(
+        f"routing.method={routing.method} cannot decode: its choice of experts sees later tokens; "
+        "wanted a causal method"
+      )
+    self._config, self._decode_text = config, decode
+    self._params, self._router_state = unstack_layers(params), router_state
+    self.slots, self.capacity, self.chunk, self.steady = slots, capacity, chunk, steady
+    self.budget = routing.mean_count if budget is None else budget
+    self._readers = 1 if steady else min(slots, READERS)
+    self._cache, self._slots = empty_cache(config.model, slots, capacity, chunk), programs.free_slots(slots)
+
+    def rows(tokens):
+      return math.ceil(tokens * self.budget) if steady else None
+
+    # The cache and the slots are updated in place.
+    model = Transformer(config, unrolled=True)
+    read = functools.partial(programs.read, model, rows(self._readers * chunk))
+    decode_steps = functools.partial(programs.decode, model, rows(slots), steps)
+    self._read = jax.jit(read, donate_argnums=(2, 3))
+    self._decode = jax.jit(decode_steps, donate_argnums=(2, 3))
+
+    self._waiting: collections.deque[_Serving] = collections.deque()
+    self._serving: list[_Serving | None] = [None] * slots
+    self._next_ticket = 0
+
+  @property
+  def cache_bytes(self) -> int:
+    """Bytes of the slots' cache."""
+    return cache_bytes(self._config.model, self.slots, self.capacity, self.chunk)
+
+  @property
+  def full_cache_bytes(self) -> int:
+    """What they would be if every KV group kept every position."""
+    return full_cache_bytes(self._config.model, self.slots, self.capacity)
+
+  def check(self, request: Request) -> None:
+    """Raises UserError if this engine can't serve the request."""
+    length, least = len(request.prompt), max(self._config.routing.k_min, 1)
+    if length < 1 or request.max_tokens < 1:
+      raise UserError(f"a request of {length} + {request.max_tokens} tokens: wanted at least one of each")
+    if length + request.max_tokens > self.capacity:
+      raise UserError(f"a request of {length} + {request.max_tokens} tokens: wanted at most {self.capacity} in all")
+    if request.max_experts is not None and request.max_experts < least:
+      raise UserError(f"max_experts={request.max_experts}: wanted at least {least}")
+    if request.temperature < 0 or request.top_k < 0:
+      raise UserError(f"temperature={request.temperature:g}, top_k={request.top_k}: wanted neither below 0")
+    for name in ("top_p", "min_p"):
+      if not 0 <= getattr(request, name) <= 1:
+        raise UserError(f"{name}={getattr(request, name):g}: wanted a number from 0 to 1")
+    if not 0 <= request.seed < 2**31:
+      raise UserError(f"seed={request.seed}: wanted a number from 0 to 2^31 - 1")
+    if "" in request.stop:
+      raise UserError('stop="": wanted text')
+    if request.stop and self._decode_text is None:
+      raise ValueError("stop strings need the engine's `decode`")
+
+  def submit(self, request: Request) -> int:
+    """Queues a request; returns its ticket, by which `step` names it. Raises as `check`."""
+    self.check(request)
+    ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+    stream = self._decode_text and TextStream(self._decode_text, request.stop, request.prompt)
+    self._waiting.append(_Serving(ticket, request, stream))
+    return ticket
+
+  @property
+  def busy(self) -> bool:
+    """Whether there is anything to do."""
+    return bool(self._waiting) or any(self._serving)
+
+  @property
+  def reading(self) -> bool:
+    """Whether prompts are read in the next step."""
+    return bool(self._waiting and None in self._serving) or any(s and s.reading for s in self._serving)
+
+  def step(self) -> list[tuple[int, Token]]:
+    """Reads prompts into free slots, then decodes up to `steps` tokens of each sequence; returns what came of it."""
+    made = []
+    while reading := self._admitted():
+      decoding = self._decoding_B().any()
+      made += self._read_on(reading)
+      if self.steady and decoding:
+        break
+    return made + (self._decode_on() if self._decoding_B().any() else [])
+
+  def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Token]]:
+    """Yields (index of the request, token) as tokens come, of all requests at once."""
+    index_of = {self.submit(request): index for index, request in enumerate(requests)}
+    while self.busy:
+      for ticket, token in self.step():
+        yield index_of[ticket], token
+
+  def _admitted(self) -> list[int]:
+    """Gives free slots to who waits; returns the slots whose prompts are read next."""
+    for slot, serving in enumerate(self._serving):
+      if serving is None and self._waiting:
+        self._serving[slot] = self._waiting.popleft()
+    reading = [slot for slot, serving in enumerate(self._serving) if serving and serving.reading]
+    return sorted(reading, key=lambda slot: self._serving[slot].ticket)[: self._readers]
+
+  def _decoding_B(self) -> np.ndarray:
+    return np.array([serving is not None and not serving.reading for serving in self._serving])
+
+  def _read_on(self, slots: list[int]) -> list[tuple[int, Token]]:
+    """Reads one chunk of each slot's prompt; those read to the end give their first token."""
+    token_RL = np.zeros((self._readers, self.chunk), np.int32)
+    length_R, offset_R, slot_R = np.zeros((3, self._readers), np.int32)
+    last_R, entries = np.zeros(self._readers, bool), []
+    for r, slot in enumerate(slots):
+      serving = self._serving[slot]
+      part = serving.request.prompt[serving.read : serving.read + self.chunk]
+      token_RL[r, : len(part)] = part
+      length_R[r], offset_R[r], slot_R[r] = len(part), serving.read, slot
+      serving.read += len(part)
+      last_R[r] = not serving.reading
+      entries.append(self._entry(serving.request))
+    entries += entries[:1] * (self._readers - len(entries))  # rows without a prompt join nothing
+    entry_R = jax.tree.map(lambda old, *new_R: np.asarray(new_R, old.dtype), self._slots, *entries)
+    chunk = programs.Chunk(token_RL, length_R, offset_R, slot_R, last_R, entry_R)
+    self._cache, self._slots, made = self._read(self._params, self._router_state, self._cache, self._slots, chunk)
+    if not last_R.any():
+      return []
+    made = jax.device_get(made)
+    return [self._deliver(slot_R[r], *(values[r] for values in made[:3])) for r in np.nonzero(last_R)[0]]
+
+  def _entry(self, request: Request) -> programs.Slots:
+    """Returns a request as an entry of the slots."""
+    return programs.Slots(
+      token=0,
+      position=len(request.prompt),
+      drawn=0,
+      left=request.max_tokens,
+      stop=request.stop_token,
+      budget=self.budget if request.budget is None else request.budget,
+      experts=request.max_experts or self._config.routing.slots,
+      sampling=Sampling(request.temperature, request.top_k, request.top_p, request.min_p, request.seed),
+    )
+
+  def _decode_on(self) -> list[tuple[int, Token]]:
+    self._cache, self._slots, made = self._decode(
+      self._params, self._router_state, self._cache, self._slots, self._decoding_B()
+    )
+    made = jax.device_get(made)
+    delivered = []
+    for step, slot in zip(*np.nonzero(made.there), strict=True):
+      if self._serving[slot]:  # a stop string may have ended it within these steps
+        delivered.append(self._deliver(slot, *(values[step, slot] for values in made[:3])))
+    return delivered
+
+  def _deliver(self, slot: int, token, log_prob, experts) -> tuple[int, Token]:
+    """Turns a token of the device into what the caller gets; frees the slot after the last."""
+    serving, token = self._serving[slot], int(token)
+    request, stream, text, finish = serving.request, serving.stream, "", None
+    serving.made += 1
+    if token == request.stop_token:
+      finish = "stop"
+    elif stream:
+      text = stream.push(token)
+      finish = "stop" if stream.stopped else None
+    if finish is None and serving.made == request.max_tokens:
+      finish = "length"
+    if finish:
+      self._serving[slot] = None
+      text += stream.finish() if stream else ""
+    return serving.ticket, Token(token, float(log_prob), float(experts), text, finish)

@@ -1,0 +1,152 @@
+"""The two programs of generation: a chunk of some prompts, and some steps of decoding."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_lab.infer.sampling import Sampling, sample
+from moe_lab.nn.transformer import Output, Transformer, head
+from moe_lab.ops import native
+from moe_lab.routing.base import Caps
+
+
+class Slots(NamedTuple):
+  """The device's memory of the sequences, [B].
+
+  Attributes:
+    token: int32, the last one, which is not in the cache yet.
+    position: int32, where it belongs.
+    drawn: int32, tokens drawn so far.
+    left: int32, tokens still to draw; 0: nothing is decoded in this slot.
+    stop: int32, id that ends the sequence.
+    budget: float32, mean experts asked for.
+    experts: int32, most experts of a token.
+    sampling: settings.
+  """
+
+  token: jax.Array
+  position: jax.Array
+  drawn: jax.Array
+  left: jax.Array
+  stop: jax.Array
+  budget: jax.Array
+  experts: jax.Array
+  sampling: Sampling
+
+
+class Made(NamedTuple):
+  """Tokens: ids, log-probabilities in nats, mean experts over layers, and whether there is one at all."""
+
+  token: jax.Array
+  log_prob: jax.Array
+  experts: jax.Array
+  there: jax.Array
+
+
+class Chunk(NamedTuple):
+  """A part of R prompts, to be read at a time.
+
+  Attributes:
+    token_RL: int32.
+    length_R: int32, real tokens; the others are padding.
+    offset_R: int32, position of the first.
+    slot_R: int32, where each sequence lives.
+    last_R: bool, whether the prompt ends here and the sequence starts to decode.
+    entry_R: what then becomes of the slot.
+  """
+
+  token_RL: jax.Array
+  length_R: jax.Array
+  offset_R: jax.Array
+  slot_R: jax.Array
+  last_R: jax.Array
+  entry_R: Slots
+
+
+def free_slots(num: int) -> Slots:
+  """Returns slots in which nothing is decoded."""
+
+  def ints():
+    return jnp.zeros(num, jnp.int32)
+
+  def floats():
+    return jnp.zeros(num)
+
+  sampling = Sampling(floats(), ints(), floats(), floats(), ints())
+  return Slots(ints(), ints(), ints(), ints(), ints(), floats(), ints(), sampling)
+
+
+def _after_drawing(slots: Slots, token_B: jax.Array) -> Slots:
+  left_B = jnp.where(token_B == slots.stop, 0, slots.left - 1)
+  return slots._replace(token=token_B, drawn=slots.drawn + 1, left=left_B)
+
+
+def _logits(out: Output, row_T, column_T) -> jax.Array:
+  """Returns logits_TV, float32, at a few places of the output."""
+  hidden_TD = out.hidden_BLD[row_T, column_T]
+  if hidden_TD.dtype == jnp.float32 and native.used_here():
+    # XLA's product of so few rows runs at half the memory's speed.
+    (logits_TV,) = native.call("logits_step", [(hidden_TD.shape[0], out.head_VD.shape[0])], hidden_TD, out.head_VD)
+    return logits_TV
+  return head(hidden_TD, out.head_VD)
+
+
+def read(model: Transformer, rows: int | None, params, router_state, cache, slots: Slots, chunk: Chunk):
+  """Reads a chunk; sequences whose prompt ends draw their first token.
+
+  Args:
+    model: unrolled.
+    rows: most expert rows of a layer; None: no bound.
+    params, router_state: of the model.
+    cache: of all slots.
+    slots: all.
+    chunk: what to read.
+
+  Returns:
+    cache, slots, and `Made` [R].
+  """
+  num, length = chunk.token_RL.shape
+  segment_RL = (jnp.arange(length) < chunk.length_R[:, None]).astype(jnp.int32)
+  out = model.apply(
+    {"params": params}, chunk.token_RL, segment_RL, chunk.entry_R.budget, router_state,
+    caps=Caps(chunk.entry_R.experts, rows), cache=cache, offset=chunk.offset_R, row_B=chunk.slot_R,
+  )  # fmt: skip
+  end_R = jnp.maximum(chunk.length_R - 1, 0)
+  logits_RV = _logits(out, jnp.arange(num), end_R)
+  experts_R = out.stats.count_T.reshape(-1, num, length)[:, jnp.arange(num), end_R].astype(jnp.float32).mean(0)
+  token_R, log_prob_R = sample(logits_RV, chunk.entry_R.drawn, chunk.entry_R.sampling)
+  place_R = jnp.where(chunk.last_R, chunk.slot_R, slots.token.size)
+  entry_R = _after_drawing(chunk.entry_R, token_R)
+  slots = jax.tree.map(lambda old_B, new_R: old_B.at[place_R].set(new_R, mode="drop"), slots, entry_R)
+  return out.cache, slots, Made(token_R, log_prob_R, experts_R, chunk.last_R)
+
+
+def decode(model: Transformer, rows: int | None, steps: int, params, router_state, cache, slots: Slots, live_B):
+  """Draws up to `steps` tokens in each slot that is `live_B`. Returns cache, slots, and `Made` [steps, B].
+
+  Other arguments as in `read`.
+  """
+  slots = slots._replace(left=jnp.where(live_B, slots.left, 0))
+  shape = (steps, live_B.size)
+  made = Made(*(jnp.zeros(shape, dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32, bool)))
+
+  def one(carry):
+    step, cache, slots, made = carry
+    active_B = slots.left > 0
+    out = model.apply(
+      {"params": params}, slots.token[:, None], active_B[:, None].astype(jnp.int32), slots.budget, router_state,
+      caps=Caps(slots.experts, rows), cache=cache, offset=slots.position,
+    )  # fmt: skip
+    token_B, log_prob_B = sample(_logits(out, jnp.arange(live_B.size), 0), slots.drawn, slots.sampling)
+    new = Made(token_B, log_prob_B, out.stats.count_T.astype(jnp.float32).mean(0), active_B)
+    made = jax.tree.map(lambda all_nB, new_B: all_nB.at[step].set(new_B), made, new)
+    moved = _after_drawing(slots._replace(position=slots.position + 1), token_B)
+    return step + 1, out.cache, jax.tree.map(functools.partial(jnp.where, active_B), moved, slots), made
+
+  def go_on(carry):
+    return (carry[0] < steps) & jnp.any(carry[2].left > 0)
+
+  _, cache, slots, made = jax.lax.while_loop(go_on, one, (jnp.int32(0), cache, slots, made))
+  return cache, slots, made

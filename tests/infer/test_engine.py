@@ -1,0 +1,126 @@
+"""The engine gives every request what the full forward pass says, whoever else is served."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from moe_lab.errors import UserError
+from moe_lab.infer.engine import Engine, Request
+from tests.infer.models import VOCAB, forward, make
+
+
+@functools.cache
+def engine(name, **arguments):
+  settings = dict(slots=3, capacity=256, chunk=16, steps=4, decode=lambda tokens: "".join(chr(97 + t) for t in tokens))
+  return Engine(*make(name), **settings | arguments)
+
+
+def prompt(length, seed=0):
+  return np.random.default_rng(seed).integers(0, VOCAB, length).astype(np.int32)
+
+
+def responses(served, requests):
+  """Returns the tokens of each request."""
+  made = [[] for _ in requests]
+  for index, token in served.generate(requests):
+    made[index].append(token)
+  assert not served.busy
+  return made
+
+
+@pytest.mark.parametrize("name", ["windowed", "topk_rotary_dense"])
+def test_greedy_decoding_equals_the_full_forward_pass(name):
+  # Five requests on three slots; prompts end within a chunk and at its end, and responses wrap the first ring.
+  requests = [Request(prompt(n, n), max_tokens=m) for n, m in ((1, 90), (16, 12), (33, 3), (13, 30), (100, 1))]
+  for request, made in zip(requests, responses(engine(name), requests), strict=True):
+    length, tokens = len(request.prompt), [token.token for token in made]
+    assert len(made) == request.max_tokens and [t.finish for t in made] == [None] * (len(made) - 1) + ["length"]
+    out = forward(name)([*request.prompt, *tokens, *[0] * (256 - length - len(tokens))])
+    after = out.logits_BLV[0, length - 1 : length - 1 + len(tokens)]
+    np.testing.assert_array_equal(after.argmax(-1), tokens)
+    log_prob = np.asarray(jax.nn.log_softmax(after))[np.arange(len(tokens)), tokens]
+    np.testing.assert_allclose([t.log_prob for t in made], log_prob, atol=1e-5)
+    count = out.stats.count_T.mean(0)[length - 1 : length - 1 + len(tokens)]
+    np.testing.assert_allclose([t.experts for t in made], count, rtol=1e-6)
+
+
+def test_a_response_does_not_depend_on_the_others():
+  mine = Request(prompt(20), 40, temperature=1.0, top_p=0.95, min_p=0.01, seed=5, budget=2.5)
+  others = [Request(prompt(n, n), 25, temperature=2.0, seed=n, budget=1 + n / 20) for n in (3, 40, 18)]
+  [alone] = responses(engine("windowed"), [mine])
+  together = responses(engine("windowed"), [others[0], mine, *others[1:]])
+  assert [t.token for t in alone] == [t.token for t in together[1]]
+  np.testing.assert_allclose([t.log_prob for t in alone], [t.log_prob for t in together[1]], atol=1e-5)
+  [again] = responses(engine("windowed"), [Request(mine.prompt, 40, temperature=1.0, seed=6)])
+  assert [t.token for t in alone] != [t.token for t in again]
+
+
+def test_requests_join_while_others_decode():
+  served = engine("windowed")
+  first = served.submit(Request(prompt(4), 60))
+  seen = [ticket for ticket, _ in served.step()]
+  second = served.submit(Request(prompt(5), 8))
+  while served.busy:
+    seen += [ticket for ticket, _ in served.step()]
+  assert seen.index(second) < len(seen) - 1 - seen[::-1].index(second) < len(seen) - 1 and seen[-1] == first
+  assert seen.count(first) == 60 and seen.count(second) == 8
+
+
+def test_stop_strings_and_stop_tokens():
+  served = engine("windowed")
+  request = Request(prompt(9), 30, temperature=1.0, seed=3)
+  [free] = responses(served, [request])
+  text = "".join(t.text for t in free)
+  assert text == "".join(chr(97 + t.token) for t in free)
+  stop = text[5:8]  # over three tokens, within two rounds of four steps
+  [stopped] = responses(served, [Request(request.prompt, 30, temperature=1.0, seed=3, stop=("~~", stop))])
+  assert "".join(t.text for t in stopped) == text[: text.index(stop)] and stopped[-1].finish == "stop"
+  assert [t.token for t in stopped] == [t.token for t in free][: text.index(stop) + 3]
+  [by_token] = responses(served, [Request(request.prompt, 30, temperature=1.0, seed=3, stop_token=free[6].token)])
+  first = [t.token for t in free].index(free[6].token)
+  assert len(by_token) == first + 1 and by_token[-1].finish == "stop"
+  # Whoever takes the slot next is not stopped.
+  [again] = responses(served, [request])
+  assert [t.token for t in again] == [t.token for t in free]
+
+
+def test_a_budget_and_a_cap_are_each_requests_own():
+  requests = [Request(prompt(20), 6, budget=b, max_experts=m) for b, m in ((1.0, None), (4.0, None), (4.0, 2))]
+  few, many, capped = (np.array([t.experts for t in made]) for made in responses(engine("windowed"), requests))
+  assert many.mean() > few.mean() and many.max() > 2 >= capped.max() and capped.min() >= 1
+
+
+def test_steady_bounds_the_rows_and_leaves_everybody_an_expert():
+  # The untrained policy takes four experts at a budget of four: twelve rows, where 3 * 1.5, rounded up, are allowed.
+  requests = [Request(prompt(10, n), 20, budget=4.0) for n in range(3)]
+  assert np.mean([t.experts for made in responses(engine("windowed"), requests) for t in made]) > 3
+  served = engine("windowed", steps=1, steady=True, budget=1.5)
+  for request in requests:
+    served.submit(request)
+  most = 0
+  while served.busy:
+    decoded = dict(served.step())  # each sequence's last token
+    assert min(token.experts for token in decoded.values()) >= 1
+    most = max(most, sum(token.experts for token in decoded.values()))
+  assert most == 5
+
+
+def test_the_cache_is_smaller_than_a_full_one():
+  served = engine("windowed", capacity=4096)
+  # Windows of 46, 319, 2210 and 15 more: rings of 64, 384, 2240 and 4096 of 4 * 4096 slots.
+  assert served.cache_bytes / served.full_cache_bytes == (64 + 384 + 2240 + 4096) / (4 * 4096)
+
+
+@pytest.mark.parametrize(
+  ("request_", "words"),
+  [
+    (Request([]), "wanted at least one of each"),
+    (Request([1], max_tokens=256), "wanted at most 256"),
+    (Request([1], max_experts=0), "max_experts=0: wanted at least 1"),
+  ],
+)
+def test_what_cannot_be_served_is_refused(request_, words):
+  with pytest.raises(UserError, match=words):
+    engine("windowed").submit(request_)

@@ -46,6 +46,7 @@ _ENVIRONMENT = {
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_WORKER_ID": "0",
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nobody runs anything on a TPU here, so compilers may stand side by side
 }
 _COLLECTIVES = (
   "all-gather|all-reduce|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute|collective-broadcast"
@@ -55,8 +56,8 @@ _LAYOUT = re.compile(r"\{[^}]*\}|/\*[^*]*\*/")
 _DIMENSIONS = re.compile(r"\w+\[([\d,]*)\]")
 
 
-def _mesh(topology: str, shape: tuple[int, int]) -> Mesh:
-  """The first devices of a topology, as a mesh of ("data", "expert")."""
+def topology_mesh(topology: str, shape: tuple[int, int]) -> Mesh:
+  """Returns the first devices of a topology, as a mesh of ("data", "expert")."""
   if importlib.util.find_spec("libtpu") is None:
     raise UserError("compiling for TPU wants libtpu: pip install libtpu, or the extra `tpu` of this package")
   for name, value in _ENVIRONMENT.items():
@@ -89,7 +90,7 @@ def compile_for(topology: str, config: Config, mesh_shape: tuple[int, int]) -> d
     topology, chips, seconds of compilation, bytes a chip by kind, `collectives`, and `gathers_all_experts`: whether
     any all-gather makes an array as large as one matrix of all experts of a layer, or larger.
   """
-  mesh = _mesh(topology, mesh_shape)
+  mesh = topology_mesh(topology, mesh_shape)
   optimizer = make_optimizer(config.train)
   state = jax.eval_shape(lambda: initial_state(config, optimizer))
   rows = jax.ShapeDtypeStruct((config.train.batch_size, config.data.seq_len + 1), jnp.int32)

@@ -4,7 +4,7 @@
     python -m experiments.benchmark train_step --method=dynamic --k=1,2,4,8 --peers=none
     python -m experiments.benchmark moe_layer --experts=16x512,64x128 --k=8
     python -m experiments.benchmark attention|decode|data
-    python -m experiments.benchmark tpu_compile      # ahead of time, without a TPU; needs libtpu
+    python -m experiments.benchmark tpu_compile|tpu_long_context      # ahead of time, without a TPU; needs libtpu
 
 Contenders take turns, each in a process of its own. The table goes to stderr
 and, with the figures and the machine, into dated files under --out; the result
@@ -13,6 +13,7 @@ is not installed is left out and said so.
 """
 
 import dataclasses
+import importlib
 import importlib.util
 import itertools
 import logging
@@ -24,7 +25,7 @@ from absl import flags
 from moe_lab.config import program
 from moe_lab.errors import UserError, did_you_mean
 
-BENCHMARKS = ("train_step", "moe_layer", "attention", "decode", "data", "tpu_compile")
+BENCHMARKS = ("train_step", "moe_layer", "attention", "decode", "data", "tpu_compile", "tpu_long_context")
 METHODS = ("topk", "dynamic", "dynamic_rollouts", "overflow")
 
 FLAGS = flags.FlagValues()
@@ -54,11 +55,10 @@ def main(benchmark: str) -> dict:
   from moe_lab.io.files import write_text
 
   described = machine.describe()
-  if benchmark == "tpu_compile":
-    from benchmarks import tpu_compile
-
-    compiled = tpu_compile.report()
-    path = tpu_compile.save(Path(FLAGS.out), compiled, described)
+  if benchmark.startswith("tpu_"):
+    compiler = importlib.import_module(f"benchmarks.{benchmark}")
+    compiled = compiler.report()
+    path = compiler.save(Path(FLAGS.out), compiled, described)
     print(f"\n{path.read_text()}\n{path}", file=sys.stderr)
     return {"benchmark": benchmark, "machine": described, "results": compiled, "file": path}
   preset = FLAGS.preset if FLAGS.preset != "auto" else ("gpu" if described["accelerator"] else "cpu")

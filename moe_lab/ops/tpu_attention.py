@@ -43,6 +43,11 @@ def check_here() -> None:
     raise ConfigError("model.attention_backend", "tpu", wanted)
 
 
+def _divide(a, b: int):
+  """a // b of an a that is not negative. The operator asks the TPU, which is not here when compiling for it."""
+  return jax.lax.div(a, jnp.int32(b))
+
+
 class _Plan(NamedTuple):
   """How queries and keys are cut: sizes of blocks, and how many there are."""
 
@@ -54,15 +59,15 @@ class _Plan(NamedTuple):
   def key_blocks(self, index_q, offset, window):
     """Returns the first and the last block of keys that the queries of block `index_q` look at."""
     start = offset + index_q * self.rows
-    last = jnp.minimum((start + self.rows - 1) // self.keys, self.num_key_blocks - 1)
-    return jnp.minimum(jnp.maximum(start - window + 1, 0) // self.keys, last), last
+    last = jnp.minimum(_divide(start + self.rows - 1, self.keys), self.num_key_blocks - 1)
+    return jnp.minimum(_divide(jnp.maximum(start - window + 1, 0), self.keys), last), last
 
   def query_blocks(self, index_k, offset, window):
     """Returns the first and the last block of queries that look at the keys of block `index_k`; none: last < first."""
-    first = jnp.maximum(index_k * self.keys - offset, 0) // self.rows
-    # The last key's last query; with rows added, so that division rounds down below 0 too.
+    first = _divide(jnp.maximum(index_k * self.keys - offset, 0), self.rows)
+    # The last key's last query; with rows added, so that a negative one becomes 0.
     end = jnp.maximum((index_k + 1) * self.keys - 2 + window - offset, -self.rows) + self.rows
-    return first, jnp.minimum(end // self.rows - 1, self.num_query_blocks - 1)
+    return first, jnp.minimum(_divide(end, self.rows) - 1, self.num_query_blocks - 1)
 
   def steps(self, window: int | None) -> tuple[int, int]:
     """Returns the most blocks of keys that a block of queries looks at, and of queries that look at a block of keys."""

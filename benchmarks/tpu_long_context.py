@@ -3,7 +3,7 @@
     python -m experiments.benchmark tpu_long_context
 
 Of `configs/medium_50b.py`: one layer's attention on one chip and spread over 64, and the whole model's loss and
-gradients on 64, the chips sharing experts and one sequence's tokens. Needs libtpu, which holds the compiler, and no
+gradients on 128, which share the experts and one sequence's tokens. Needs libtpu, which holds the compiler, and no
 TPU; nothing is run, so it tells memory and not speed.
 """
 
@@ -36,7 +36,7 @@ CASES = (  # what, topology, chips along data and along expert
   ("attention", "v5e:2x2", (1, 1)),
   ("attention", "v5p:2x2x1", (1, 1)),
   ("attention", "v5p:4x4x4", (8, 8)),
-  ("model", "v5p:4x4x4", (8, 8)),
+  ("model", "v5p:4x4x8", (8, 16)),
 )
 _ARRAY = re.compile(r"\b(?:pred|[suf]\d+|bf16|f8\w+)\[([\d,]+)\]")
 
@@ -103,14 +103,15 @@ def compile_for(what: str, topology: str, mesh_shape: tuple[int, int], config: C
 
   Args:
     what: attention | model.
-    topology: as TPUs are sold: "v5p:4x4x4".
+    topology: as TPUs are sold: "v5p:4x4x8".
     mesh_shape: chips along "data" and along "expert".
     config: whose `data.seq_len` is L.
 
   Returns:
-    what, topology, chips, length, seconds of compilation, bytes a chip by kind, the largest array a chip holds, and
-    `squares`: arrays with an axis of at least L and another of at least L, or of exactly a chip's queries; and, of
-    attention, all arrays with as many elements as a chip's queries times L, however they are cut.
+    what, topology, chips, length, seconds of compilation, bytes a chip by kind, the largest array a chip holds;
+    `large`: the arrays with at least as many elements as a chip's queries times L, as one head's logits would have;
+    `squares`: those with an axis of at least L and another of at least L or of exactly a chip's queries, and of
+    attention, which has no other large ones, all of `large`.
   """
   mesh, length = topology_mesh(topology, mesh_shape), config.data.seq_len
   step, inputs = {"attention": attention_step, "model": model_step}[what](config, mesh)
@@ -120,8 +121,9 @@ def compile_for(what: str, topology: str, mesh_shape: tuple[int, int], config: C
   seconds = time.perf_counter() - start
   memory, shapes = compiled.memory_analysis(), arrays(compiled.as_text())
   found = squares(shapes, length // mesh.size, length)
+  large = sorted((shape for shape in shapes if math.prod(shape) >= length * length // mesh.size), key=math.prod)
   if what == "attention":
-    found += [shape for shape in shapes if math.prod(shape) >= length * length // mesh.size and shape not in found]
+    found = sorted({*found, *large})
   return {
     "what": what,
     "topology": topology,
@@ -133,6 +135,7 @@ def compile_for(what: str, topology: str, mesh_shape: tuple[int, int], config: C
     "temporary_bytes": memory.temp_size_in_bytes,
     "peak_bytes": getattr(memory, "peak_memory_in_bytes", None),
     "largest_array": max(shapes, key=math.prod),
+    "large": large,
     "squares": found,
   }
 
@@ -153,7 +156,7 @@ def save(folder: Path, compiled: list[dict], machine: dict) -> Path:
     seconds = f"{one['compile_seconds']:.0f} s"
     rows.append((one["what"], one["topology"], str(one["chips"]), seconds, *sizes, peak, largest, str(found or "none")))
   text = (
-    f"# tpu_long_context\n\nForward and backward over {compiled[0]['length']:,} tokens of configs/medium_50b.py; memory "
-    f"and arrays are a chip's. Compiled, not run, on {results.in_words(machine)}\n\n{results.markdown(rows)}\n"
+    f"# tpu_long_context\n\nForward and backward over {compiled[0]['length']:,} tokens, of configs/medium_50b.py; "
+    f"memory and arrays are a chip's. Compiled, not run, on {results.in_words(machine)}\n\n{results.markdown(rows)}\n"
   )
   return results.write(folder, "tpu_long_context", machine, text, {"machine": machine, "results": compiled})

@@ -4,7 +4,7 @@
 L x S matrix; `blocked` (`blocked_attention.py`, plain XLA), `native` (the CPU
 kernel `cpu/attention.cc`) and `tpu` (`tpu_attention.py`, Pallas) are linear in
 memory, leave out the keys beyond each KV group's window, and share their
-derivative.
+derivative. `flash` (`flash_attention.py`, cuDNN) serves GPUs and some cases.
 """
 
 import functools
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from moe_lab.ops import native
+from moe_lab.ops import flash_attention, native, tpu_attention
 from moe_lab.ops.blocked_attention import MASKED, blocked_backward, blocked_forward
-from moe_lab.ops.tpu_attention import check_here, tpu_backward, tpu_forward
+from moe_lab.ops.tpu_attention import tpu_backward, tpu_forward
 
 
 def reference_attention(q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS, offset):
@@ -122,8 +122,8 @@ def attention(
     window_M: how many keys a query of each KV group has to look at, itself included (`alibi.windows`); None, of a group
       or altogether: all. Blocks of keys beyond it are skipped, others are not cut: a wrong window changes the result,
       a right one does not. The reference, which is the definition, looks at everything.
-    backend: reference | blocked | native (CPU) | tpu | auto: for one block of queries the reference; for more, native
-      on CPU where it can be built, tpu on TPU, and blocked elsewhere.
+    backend: reference | blocked | native (CPU) | tpu | flash (GPU, one document a row) | auto: for one block of queries
+      the reference; for more, native on CPU where it can be built, tpu on TPU, and blocked elsewhere.
     block: rows and columns of a block of `blocked`.
 
   Returns:
@@ -132,11 +132,15 @@ def attention(
   Raises:
     ConfigError: the back end was chosen, and there is no such machine here.
   """
+  window_M = window_M or (None,) * k_BSMH.shape[2]
   arguments = (q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS, jnp.asarray(offset, jnp.int32))
   if backend == "reference" or (backend == "auto" and q_BLNH.shape[1] <= block):
     return reference_attention(*arguments)
   if backend == "tpu":
-    check_here()
+    tpu_attention.check_here()
   if backend in ("auto", "blocked", "native", "tpu"):
-    return _attend(backend, block, window_M or (None,) * k_BSMH.shape[2], *arguments)
-  raise ValueError(f"attention backend {backend!r}: wanted auto, reference, blocked, native or tpu")
+    return _attend(backend, block, window_M, *arguments)
+  if backend == "flash":
+    flash_attention.check_here(q_BLNH, k_BSMH)
+    return flash_attention.flash_attention(*arguments[:5], window_M=window_M)
+  raise ValueError(f"attention backend {backend!r}: wanted auto, reference, blocked, native, tpu or flash")

@@ -1,13 +1,13 @@
 """The reference system: 50 B parameters, at most 14 B of them active, and a context of 131,072 tokens.
 
-    python -m experiments.train --config=configs/medium_50b.py --config.data.sources=jsonl:corpus/*.jsonl \
-        --config.data.tokenizer=corpus/64k.model --workdir=runs/medium_50b
+    python -m experiments.train --config=configs/medium_50b.py --config.data.sources='jsonl:corpus/*' --workdir=runs/50b
 
-    python -m experiments.benchmark tpu_long_context      # compiles its step for TPUs that are not there
+That program uses one device so far. What 128 TPU chips would hold of a step's forward and backward passes is
 
-A token takes 1 to 8 of a layer's 32 experts, as the policy decides, three on average: 6 B active parameters.
+    python -m experiments.benchmark tpu_long_context
 
-Attention: 32 query heads in 8 KV groups. Six have slopes from 2^-0.67 to 2^-7.33 and look at 53 to 6,000 keys; two
+A token takes 1 to 8 of a layer's 32 experts, as the policy decides, and three on average: 6.4 B active parameters.
+Attention has 32 query heads in 8 KV groups. Six have slopes from 2^-0.67 to 2^-7.33 and look at 53 to 6,000 keys; two
 have slope 0 and look at everything, and their logits span 2 S = 16, enough to single out one key of 131,072 (ln of
 that is 11.8).
 """
@@ -29,7 +29,7 @@ def get_config(arg=None):
   config.model.qk_norm = True
   config.model.qk_bound = 8.0
   config.model.dtype = "bfloat16"
-  config.model.remat = "full"  # one layer's activations are 1 GiB for 131,072 tokens, and there are 32
+  config.model.remat = "full"  # a layer's input alone is 1 GiB for 131,072 tokens
   config.routing.method = "dynamic"
   config.routing.k_max = 8
   config.routing.budget = 3.0
@@ -39,7 +39,7 @@ def get_config(arg=None):
   config.data.vocab_size = 65_536
   config.data.seq_len = 131_072
   config.train.batch_size = 16  # 2 M tokens
-  config.train.accumulate = 16  # one sequence at a time, spread over all chips
+  config.train.accumulate = 16  # one sequence at a time, its tokens spread over all chips
   config.train.steps = 100_000
   config.train.learning_rate = 3e-4
   config.train.warmup_steps = 2000

@@ -105,8 +105,14 @@ def test_blocks_by_hand():
   assert [int(i) for i in plan.query_blocks(1, 0, 5)] == [2, 4]
   # 20 positions in a row touch at most 2 blocks of 32, 36 at most 4 of 16.
   assert plan.steps(5) == (2, 4) and plan.steps(None) == (4, 7)
-  # At 128K with the reference system's shapes: 512 blocks of 256 queries, of 4 heads each.
-  assert tpu_attention.steps_taken(131_072, 131_072, 2, None) == 8192 * 4096
+
+
+def test_steps_at_128k(monkeypatch):
+  monkeypatch.undo()  # blocks as they are: of 512 keys, and of 256 queries of 4 heads
+  assert tpu_attention._plan(131_072, 131_072, 4) == (256, 512, 512, 256)
+  steps = [tpu_attention.steps_taken(131_072, 131_072, 4, window) for window in (53, 6000, None)]
+  # 256 + 53 - 1 positions touch at most 2 blocks of 512, 256 + 6000 - 1 at most 14.
+  assert steps == [512 * 2, 512 * 14, 512 * 256]
 
 
 @pytest.mark.parametrize("offset, window", [(0, 1), (0, 33), (5, 16), (37, 50), (90, 2**30), (0, 2**30), (129, 64)])

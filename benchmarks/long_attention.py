@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import results
+from configs import medium_50b
 from moe_lab.config.program import keep_freed_memory
+from moe_lab.config.resolve import resolve
 from moe_lab.config.schema import ModelConfig
 from moe_lab.errors import RunError
 from moe_lab.infer.cache import cache_bytes, full_cache_bytes
@@ -32,7 +34,8 @@ from moe_lab.ops.blocked_attention import blocks_visited
 from moe_lab.report.charts import Series, line_chart
 from moe_lab.report.page import escape, figure, page
 
-SHAPE = ModelConfig(num_layers=1, num_heads=8, num_kv_heads=8, head_dim=128, qk_bound=8.0)
+_PRESET = resolve(medium_50b.get_config()).model
+SHAPE = dataclasses.replace(_PRESET, num_layers=1, num_heads=_PRESET.num_kv_heads, dtype="float32")
 LENGTHS = (16_384, 32_768, 65_536, 131_072, 262_144)
 UNSKIPPED = 131_072  # the longest context that is measured without skipping: a quarter of an hour on two cores
 CHUNK = 512  # of prefill, which the rings of the cache have room for

@@ -7,10 +7,12 @@ Needs libtpu, which holds the compiler, and no TPU.
 
 import collections
 import importlib.util
+import itertools
 import math
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -46,6 +48,7 @@ _ENVIRONMENT = {
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_WORKER_ID": "0",
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nobody runs anything on a TPU here, so compilers may stand side by side
 }
 _COLLECTIVES = (
   "all-gather|all-reduce|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute|collective-broadcast"
@@ -55,8 +58,8 @@ _LAYOUT = re.compile(r"\{[^}]*\}|/\*[^*]*\*/")
 _DIMENSIONS = re.compile(r"\w+\[([\d,]*)\]")
 
 
-def _mesh(topology: str, shape: tuple[int, int]) -> Mesh:
-  """The first devices of a topology, as a mesh of ("data", "expert")."""
+def topology_mesh(topology: str, shape: tuple[int, int]) -> Mesh:
+  """Returns the first devices of a topology, as a mesh of ("data", "expert")."""
   if importlib.util.find_spec("libtpu") is None:
     raise UserError("compiling for TPU wants libtpu: pip install libtpu, or the extra `tpu` of this package")
   for name, value in _ENVIRONMENT.items():
@@ -89,7 +92,7 @@ def compile_for(topology: str, config: Config, mesh_shape: tuple[int, int]) -> d
     topology, chips, seconds of compilation, bytes a chip by kind, `collectives`, and `gathers_all_experts`: whether
     any all-gather makes an array as large as one matrix of all experts of a layer, or larger.
   """
-  mesh = _mesh(topology, mesh_shape)
+  mesh = topology_mesh(topology, mesh_shape)
   optimizer = make_optimizer(config.train)
   state = jax.eval_shape(lambda: initial_state(config, optimizer))
   rows = jax.ShapeDtypeStruct((config.train.batch_size, config.data.seq_len + 1), jnp.int32)
@@ -118,12 +121,16 @@ def compile_for(topology: str, config: Config, mesh_shape: tuple[int, int]) -> d
   }
 
 
-def report() -> list[dict]:
-  """Returns `compile_for` of each topology, on one chip and on four that share the experts."""
-  return [compile_for(topology, CONFIG, shape) for topology in TOPOLOGIES for shape in MESHES]
+def report(note: Callable[[str], None]) -> list[dict]:
+  """Returns `compile_for` of each topology, on one chip and on four that share the experts; `note` hears of progress."""
+  found = []
+  for topology, shape in itertools.product(TOPOLOGIES, MESHES):
+    note(f"compiling for {math.prod(shape)} of {topology}")
+    found.append(compile_for(topology, CONFIG, shape))
+  return found
 
 
-def save(folder: Path, compiled: list[dict], machine: dict) -> Path:
+def save(folder: Path, compiled: list[dict], machine: dict, command: str) -> Path:
   """Writes the report under today's date as .md and .json; returns the .md."""
   rows = [("topology", "chips", "compile", "arguments", "temporaries", "gathers all experts", "collectives")]
   for one in compiled:
@@ -141,5 +148,5 @@ def save(folder: Path, compiled: list[dict], machine: dict) -> Path:
         ", ".join(f"{n} {opcode}" for opcode, n in sorted(count.items())) or "none",
       )
     )
-  text = f"# tpu_compile\n\nMemory is a chip's. Compiled on {results.in_words(machine)}\n\n{results.markdown(rows)}\n"
+  text = f"# tpu_compile\n\n    {command}\n\nMemory is a chip's. Compiled on {results.in_words(machine)}\n\n{results.markdown(rows)}\n"
   return results.write(folder, "tpu_compile", machine, text, {"machine": machine, "results": compiled})

@@ -9,6 +9,7 @@ The argument says how the model knows positions:
   rotary    rotary embeddings
 """
 
+from configs import medium_50b
 from moe_lab.config import base_config
 from moe_lab.data import retrieval
 
@@ -21,11 +22,11 @@ def get_config(arg=None):
     raise ValueError(f"configs/retrieval.py:{arm}: wanted one of {', '.join(ARMS)}")
   config = base_config()
   # Head size, KV groups and so slopes, global groups and bound are the preset's; layers, as few as the task wants.
-  config.model.head_dim = 128
-  config.model.num_heads = 8
-  config.model.num_kv_heads = 8
-  config.model.qk_bound = 8.0
-  config.model.num_global_groups = 1
+  preset = medium_50b.get_config().model
+  config.model.head_dim = preset.head_dim
+  config.model.num_heads = config.model.num_kv_heads = preset.num_kv_heads
+  config.model.qk_bound = preset.qk_bound
+  config.model.num_global_groups = preset.num_global_groups
   config.model.dim = 128
   config.model.num_layers = 2
   config.model.num_experts = 8

@@ -5,7 +5,7 @@
     python -m experiments.benchmark moe_layer --experts=16x512,64x128 --k=8
     python -m experiments.benchmark attention|decode|data
     python -m experiments.benchmark long_attention   # half an hour: 16K to 256K tokens, with and without skipping
-    python -m experiments.benchmark tpu_compile      # ahead of time, without a TPU; needs libtpu
+    python -m experiments.benchmark tpu_compile|tpu_long_context      # ahead of time, without a TPU; needs libtpu
 
 Contenders take turns, each in a process of its own. The table goes to stderr
 and, with the figures and the machine, into dated files under --out; the result
@@ -14,6 +14,7 @@ is not installed is left out and said so.
 """
 
 import dataclasses
+import importlib
 import importlib.util
 import itertools
 import logging
@@ -25,7 +26,8 @@ from absl import flags
 from moe_lab.config import program
 from moe_lab.errors import UserError, did_you_mean
 
-BENCHMARKS = ("train_step", "moe_layer", "attention", "decode", "data", "long_attention", "tpu_compile")
+REPORTS = ("long_attention", "tpu_compile", "tpu_long_context")  # each decides for itself what it measures
+BENCHMARKS = ("train_step", "moe_layer", "attention", "decode", "data", *REPORTS)
 METHODS = ("topk", "dynamic", "dynamic_rollouts", "overflow")
 
 FLAGS = flags.FlagValues()
@@ -55,21 +57,15 @@ def main(benchmark: str) -> dict:
   from moe_lab.io.files import write_text
 
   described = machine.describe()
-  if benchmark == "tpu_compile":
-    from benchmarks import tpu_compile
-
-    compiled = tpu_compile.report()
-    path = tpu_compile.save(Path(FLAGS.out), compiled, described)
-    print(f"\n{path.read_text()}\n{path}", file=sys.stderr)
-    return {"benchmark": benchmark, "machine": described, "results": compiled, "file": path}
   command = "python -m experiments.benchmark " + " ".join(sys.argv[1:])
-  if benchmark == "long_attention":
-    from benchmarks import long_attention
-
-    found = long_attention.report(log.info)
-    path = long_attention.save(Path(FLAGS.out), found, described, command)
+  if benchmark in REPORTS:
+    if given := [name for name in FLAGS if name != "out" and FLAGS[name].present]:
+      raise UserError(f"--{given[0]}: wanted --out or nothing with {benchmark}")
+    module = importlib.import_module(f"benchmarks.{benchmark}")
+    found = module.report(log.info)
+    path = module.save(Path(FLAGS.out), found, described, command)
     print(f"\n{path.read_text()}\n{path}", file=sys.stderr)
-    return {"benchmark": benchmark, "machine": described, **found, "file": path}
+    return {"benchmark": benchmark, "machine": described, "results": found, "file": path}
   preset = FLAGS.preset if FLAGS.preset != "auto" else ("gpu" if described["accelerator"] else "cpu")
   contenders = _contenders(benchmark, _cases(preset), preset)
   measured, peak = measure(contenders, FLAGS.rounds, preset, log.info)

@@ -68,7 +68,10 @@ class ModelConfig:
   qk_bound: float = 8.0  # S: with qk_norm, |q.k| / sqrt(H) never exceeds this
   tie_embeddings: bool = False
   dtype: str = "float32"  # of activations: float32 | bfloat16; parameters stay float32
-  attention_backend: str = "auto"  # auto | reference | blocked (XLA) | native (CPU kernel, built at first use)
+  attention_backend: str = (
+    # flash: one document a row.
+    "auto"  # auto | reference | blocked (XLA) | native (CPU kernel, built at first use) | tpu (kernel) | flash (GPU)
+  )
   attention_block: int = 64  # rows of a block of the blocked back end
   dispatch: str = "auto"  # auto | dense | capacity | ragged
   grouped_matmul: str = (
@@ -103,7 +106,8 @@ class ModelConfig:
     _check_range("model.position_interpolation", self.position_interpolation, 0, open_low=True)
     _check_range("model.qk_bound", self.qk_bound, 0, open_low=True)
     _check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
-    _check_choice("model.attention_backend", self.attention_backend, ("auto", "reference", "blocked", "native"))
+    backends = ("auto", "reference", "blocked", "native", "tpu", "flash")
+    _check_choice("model.attention_backend", self.attention_backend, backends)
     _check_choice("model.dispatch", self.dispatch, ("auto", "dense", "capacity", "ragged"))
     _check_range("model.capacity_factor", self.capacity_factor, 0, open_low=True)
     _check_choice("model.grouped_matmul", self.grouped_matmul, ("auto", "native", "tiles", "ragged_dot", "tokamax"))

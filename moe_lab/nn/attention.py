@@ -3,15 +3,16 @@
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moe_lab.config.schema import ModelConfig
 from moe_lab.nn.layers import rms_normalise, scaled_normal
 from moe_lab.ops.alibi import alibi_slopes, windows
-from moe_lab.ops.attention import attention
 from moe_lab.ops.ring import Ring, ring_attention, write
 from moe_lab.ops.rotary import rotate
+from moe_lab.sharding.sequence import spread_attention
 
 LayerCache = tuple[Ring, ...]  # of one layer: its KV groups in order
 
@@ -52,6 +53,7 @@ class Attention(nn.Module):
 
   config: ModelConfig
   out_scale: float
+  mesh: jax.sharding.Mesh | None = None
 
   @nn.compact
   def __call__(self, x_BLD, segment_BL, offset, cache: LayerCache | None, row_B=None):
@@ -78,13 +80,13 @@ class Attention(nn.Module):
     slope_M = jnp.asarray(layer_slopes(config))
 
     if cache is None:
-      out_BLNH = attention(
+      out_BLNH = spread_attention(
         q_BLNH,
         k_BLMH,
         v_BLMH,
         slope_M,
         segment_BL,
-        segment_BL,
+        self.mesh,
         offset=offset,
         window_M=layer_windows(config),
         backend=config.attention_backend,

@@ -59,7 +59,7 @@ class Block(nn.Module):
     """Returns x_BLD and, for scan to stack, the layer's statistics and cache."""
     # Residual branches shrink with depth, so that the stream's variance does not grow with it (GPT-2).
     out_scale = (2 * self.model.num_layers) ** -0.5
-    attended, cache = Attention(self.model, out_scale, name="attention")(
+    attended, cache = Attention(self.model, out_scale, self.mesh, name="attention")(
       RMSNorm(name="attention_norm")(x_BLD), shared.segment_BL, shared.offset, layer.cache, shared.row_B
     )
     x_BLD = x_BLD + attended

@@ -11,6 +11,7 @@ from moe_lab.nn.attention import LayerCache
 from moe_lab.nn.block import Block, LayerInputs, SharedInputs
 from moe_lab.nn.layers import RMSNorm, scaled_normal
 from moe_lab.routing.base import Caps, Decisions, RouterState, RouterStats
+from moe_lab.sharding.sequence import spread
 
 _REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_saveable, "full": jax.checkpoint_policies.nothing_saveable}
 
@@ -45,7 +46,7 @@ class Transformer(nn.Module):
   """A decoder-only language model. Pure: everything that varies is an argument.
 
   Attributes:
-    mesh: the devices that share the experts (`sharding/expert.py`); None: no sharing.
+    mesh: the devices that share the experts (`sharding/expert.py`) and the tokens; None: no sharing.
     unrolled: every layer has parameters of its own (`unstack_layers`), and is compiled by itself. A scan copies each
       layer's weights out of the stack, which hardly counts in training and is most of the time of decoding.
   """
@@ -92,7 +93,7 @@ class Transformer(nn.Module):
       "embedding_VD", scaled_normal(config.dim**-0.5), (self.config.data.vocab_size, config.dim), jnp.float32
     )
     # The embedding is the head too, where variance 1/D is right; as input it wants variance 1.
-    x_BLD = (embedding_VD[token_BL] * config.dim**0.5).astype(config.dtype)
+    x_BLD = spread((embedding_VD[token_BL] * config.dim**0.5).astype(config.dtype), self.mesh)
     offset, embedding_BLD = jnp.asarray(offset, jnp.int32), jax.lax.stop_gradient(x_BLD)
     shared = SharedInputs(segment_BL, offset, budget_B, embedding_BLD, greedy_B, caps, row_B)
 

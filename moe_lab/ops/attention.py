@@ -1,21 +1,23 @@
 """Causal grouped-query attention with ALiBi slopes and document boundaries.
 
 `attention` is the one signature. Its back ends: `reference` holds the whole
-L x S matrix; `blocked` (`blocked_attention.py`, plain XLA) and `native` (the
-CPU kernel `cpu/attention.cc`) are linear in memory, leave out the keys beyond
-each KV group's window, and share their derivative.
+L x S matrix; `blocked` (`blocked_attention.py`, plain XLA), `native` (the CPU
+kernel `cpu/attention.cc`) and `tpu` (`tpu_attention.py`, Pallas) are linear in
+memory, leave out the keys beyond each KV group's window, and share their
+derivative. `flash` (`flash_attention.py`, cuDNN) serves GPUs and some cases.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from moe_lab.ops import native
+from moe_lab.ops import flash_attention, native, tpu_attention
 from moe_lab.ops.blocked_attention import MASKED, blocked_backward, blocked_forward
+from moe_lab.ops.tpu_attention import tpu_backward, tpu_forward
 
 
 def reference_attention(q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS, offset):
@@ -55,11 +57,14 @@ def native_backward(*inputs_and_outputs, window_M: Sequence[int | None]):
   return tuple(d.astype(x.dtype) for d, x in zip(gradients, inputs, strict=False))
 
 
-def _run(backend: str, native_kernel, blocked, *arrays):
-  """Calls one of two functions. `auto` is decided when it is lowered, which may be for another machine than this."""
-  if backend == "auto" and jax.default_backend() == "cpu" and native.available():
-    return jax.lax.platform_dependent(*arrays, cpu=native_kernel, default=blocked)
-  return (native_kernel if backend == "native" else blocked)(*arrays)
+def _run(backend: str, functions: dict[str, Callable], *arrays):
+  """Calls one of the functions. `auto` is decided when it is lowered, which may be for another machine than this."""
+  if backend != "auto":
+    return functions[backend](*arrays)
+  choice = {"tpu": functions["tpu"]}
+  if native.used_here():
+    choice["cpu"] = functions["native"]
+  return jax.lax.platform_dependent(*arrays, default=functions["blocked"], **choice)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -68,16 +73,22 @@ def _attend(backend: str, block: int, window_M: tuple[int | None, ...], *inputs)
 
 
 def _attend_forward(backend, block, window_M, *inputs):
-  blocked = functools.partial(blocked_forward, block=block, window_M=window_M)
-  kernel = functools.partial(native_forward, window_M=window_M)
-  out_BLNH, log_denominator_BNL = _run(backend, kernel, blocked, *inputs)
+  functions = {
+    "blocked": functools.partial(blocked_forward, block=block, window_M=window_M),
+    "native": functools.partial(native_forward, window_M=window_M),
+    "tpu": functools.partial(tpu_forward, window_M=window_M),
+  }
+  out_BLNH, log_denominator_BNL = _run(backend, functions, *inputs)
   return out_BLNH, (*inputs, out_BLNH, log_denominator_BNL)
 
 
 def _attend_backward(backend, block, window_M, saved, d_out_BLNH):
-  blocked = functools.partial(blocked_backward, block=block, window_M=window_M)
-  kernel = functools.partial(native_backward, window_M=window_M)
-  dq_BLNH, dk_BSMH, dv_BSMH = _run(backend, kernel, blocked, *saved, d_out_BLNH)
+  functions = {
+    "blocked": functools.partial(blocked_backward, block=block, window_M=window_M),
+    "native": functools.partial(native_backward, window_M=window_M),
+    "tpu": functools.partial(tpu_backward, window_M=window_M),
+  }
+  dq_BLNH, dk_BSMH, dv_BSMH = _run(backend, functions, *saved, d_out_BLNH)
   # Slopes are constants, segments and offset integers: no gradient.
   return dq_BLNH, dk_BSMH, dv_BSMH, jnp.zeros_like(saved[3]), None, None, None
 
@@ -111,16 +122,25 @@ def attention(
     window_M: how many keys a query of each KV group has to look at, itself included (`alibi.windows`); None, of a group
       or altogether: all. Blocks of keys beyond it are skipped, others are not cut: a wrong window changes the result,
       a right one does not. The reference, which is the definition, looks at everything.
-    backend: reference | blocked | native (CPU) | auto: for one block of queries the reference; for more, native on
-      CPU where it can be built, and blocked elsewhere.
+    backend: reference | blocked | native (CPU) | tpu | flash (GPU, one document a row) | auto: for one block of queries
+      the reference; for more, native on CPU where it can be built, tpu on TPU, and blocked elsewhere.
     block: rows and columns of a block of `blocked`.
 
   Returns:
     [B, L, N, H], in the queries' dtype.
+
+  Raises:
+    ConfigError: the back end was chosen, and there is no such machine here.
   """
+  window_M = window_M or (None,) * k_BSMH.shape[2]
   arguments = (q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS, jnp.asarray(offset, jnp.int32))
   if backend == "reference" or (backend == "auto" and q_BLNH.shape[1] <= block):
     return reference_attention(*arguments)
-  if backend in ("auto", "blocked", "native"):
-    return _attend(backend, block, window_M or (None,) * k_BSMH.shape[2], *arguments)
-  raise ValueError(f"attention backend {backend!r}: wanted auto, reference, blocked or native")
+  if backend == "tpu":
+    tpu_attention.check_here()
+  if backend in ("auto", "blocked", "native", "tpu"):
+    return _attend(backend, block, window_M, *arguments)
+  if backend == "flash":
+    flash_attention.check_here(q_BLNH, k_BSMH)
+    return flash_attention.flash_attention(*arguments[:5], window_M=window_M)
+  raise ValueError(f"attention backend {backend!r}: wanted auto, reference, blocked, native, tpu or flash")

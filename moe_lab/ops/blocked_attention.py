@@ -21,7 +21,8 @@ from moe_lab.ops.row_sum import row_sum
 MASKED = -1e30  # finite, so that a row without keys gives numbers and not NaN
 
 
-def _pad_length(x, multiple: int, axis: int, value=0):
+def pad_length(x, multiple: int, axis: int, value=0):
+  """Fills an axis at its end with `value`, up to a multiple."""
   widths = [(0, 0)] * x.ndim
   widths[axis] = (0, -x.shape[axis] % multiple)
   return jnp.pad(x, widths, constant_values=value)
@@ -144,14 +145,14 @@ def _backward(q, k, v, slope_M, segment_q, segment_k, offset, out, log_denominat
 
 
 def _queries(x_BLNH, num_kv_heads: int, block: int):
-  return _pad_length(rearrange(x_BLNH, "B L (M G) H -> B M G L H", M=num_kv_heads), block, 3)
+  return pad_length(rearrange(x_BLNH, "B L (M G) H -> B M G L H", M=num_kv_heads), block, 3)
 
 
 def _blocks(q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS, offset, block: int):
   """The inputs of `_forward`, padded to whole blocks."""
-  k, v = (_pad_length(rearrange(x, "B S M H -> B M S H"), block, 2) for x in (k_BSMH, v_BSMH))
+  k, v = (pad_length(rearrange(x, "B S M H -> B M S H"), block, 2) for x in (k_BSMH, v_BSMH))
   # Padding keys stand after every query (offset + L <= S), so causality hides them.
-  segment_q, segment_k = _pad_length(segment_BL, block, 1, -1), _pad_length(segment_BS, block, 1, -2)
+  segment_q, segment_k = pad_length(segment_BL, block, 1, -1), pad_length(segment_BS, block, 1, -2)
   return _queries(q_BLNH, k_BSMH.shape[2], block), k, v, slope_M, segment_q, segment_k, offset
 
 
@@ -206,7 +207,7 @@ def blocked_backward(*inputs_and_outputs, block: int, window_M: Sequence[int | N
   q, k, v, slope_M, segment_q, segment_k, offset = _blocks(*inputs, block)
   out, d_out = (_queries(x, num_kv_heads, block) for x in (out_BLNH, d_out_BLNH))
   log_denominator = rearrange(log_denominator_BNL, "B (M G) L -> B M G L", M=num_kv_heads)
-  log_denominator = _pad_length(log_denominator, block, 3)
+  log_denominator = pad_length(log_denominator, block, 3)
 
   def run(arrays, window):
     *inputs, out, log_denominator, d_out = arrays

@@ -161,8 +161,8 @@ def test_auto_is_the_reference_for_one_block_and_a_wrong_name_fails(monkeypatch)
   monkeypatch.setattr("moe_lab.ops.attention.reference_attention", lambda *_: "reference")
   assert attention(*arguments, block=8) == "linear auto"
   assert attention(*arguments, block=9) == "reference"
-  with pytest.raises(ValueError, match="flash.*wanted auto, reference, blocked or native"):
-    attention(*arguments, backend="flash")
+  with pytest.raises(ValueError, match="splash.*wanted auto, reference, blocked, native, tpu or flash"):
+    attention(*arguments, backend="splash")
 
 
 def compiled_forward_and_backward(length, backend):

@@ -183,7 +183,7 @@ def _ratios(measured: list[dict]) -> list[dict]:
       for what in ("forward", "both"):
         entry[f"{what}_times_faster"] = all_of_it[f"{what}_seconds"] / row[f"{what}_seconds"]
     if half := at.get((length // 2, groups, skip)):
-      entry["memory_over_half_the_length"] = row["both_bytes"] / half["both_bytes"]
+      entry["memory_over_half_the_length"] = row["both_bytes"] / max(half["both_bytes"], 1)
     found.append(entry)
   return found
 

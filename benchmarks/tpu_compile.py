@@ -122,7 +122,7 @@ def compile_for(topology: str, config: Config, mesh_shape: tuple[int, int]) -> d
 
 
 def report(note: Callable[[str], None]) -> list[dict]:
-  """Returns `compile_for` of each topology, on one chip and on four that share the experts; `note` hears of progress."""
+  """Returns `compile_for` of each topology, on one chip and on four that share experts; `note` hears how far it is."""
   found = []
   for topology, shape in itertools.product(TOPOLOGIES, MESHES):
     note(f"compiling for {math.prod(shape)} of {topology}")
@@ -148,5 +148,6 @@ def save(folder: Path, compiled: list[dict], machine: dict, command: str) -> Pat
         ", ".join(f"{n} {opcode}" for opcode, n in sorted(count.items())) or "none",
       )
     )
-  text = f"# tpu_compile\n\n    {command}\n\nMemory is a chip's. Compiled on {results.in_words(machine)}\n\n{results.markdown(rows)}\n"
+  words = f"Memory is a chip's. Compiled on {results.in_words(machine)}"
+  text = f"# tpu_compile\n\n    {command}\n\n{words}\n\n{results.markdown(rows)}\n"
   return results.write(folder, "tpu_compile", machine, text, {"machine": machine, "results": compiled})

@@ -160,8 +160,9 @@ def save(folder: Path, compiled: list[dict], machine: dict, command: str) -> Pat
     largest, found = "x".join(str(n) for n in one["largest_array"]), len(one["squares"])
     seconds = f"{one['compile_seconds']:.0f} s"
     rows.append((one["what"], one["topology"], str(one["chips"]), seconds, *sizes, peak, largest, str(found or "none")))
-  text = (
-    f"# tpu_long_context\n\n    {command}\n\nForward and backward over {compiled[0]['length']:,} tokens, of configs/medium_50b.py; "
-    f"memory and arrays are a chip's. Compiled, not run, on {results.in_words(machine)}\n\n{results.markdown(rows)}\n"
+  words = (
+    f"Forward and backward over {compiled[0]['length']:,} tokens, of configs/medium_50b.py; "
+    f"memory and arrays are a chip's. Compiled, not run, on {results.in_words(machine)}"
   )
+  text = f"# tpu_long_context\n\n    {command}\n\n{words}\n\n{results.markdown(rows)}\n"
   return results.write(folder, "tpu_long_context", machine, text, {"machine": machine, "results": compiled})

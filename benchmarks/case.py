@@ -64,6 +64,7 @@ class Case:
 
 PROMPT, NEW = 128, 64  # tokens read and tokens generated for each sequence of the decode benchmark
 SEQUENCES = (1, 8)  # that it decodes together
+MIXED = {"method": "dynamic", "k": 2, "k_max": 8}  # the routing under which its easy and hard sequences are mixed
 HARD = (1, 0, 2, 1, 0, 1, 3, 1)  # of eight, run after run: at 8 experts beside 1 they ask for 2 on average
 BATCHES = 500  # that a run of the data benchmark reads: several windows of shuffling
 

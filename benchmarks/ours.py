@@ -11,7 +11,8 @@ import numpy as np
 from benchmarks import flops
 from benchmarks.case import BATCHES, HARD, NEW, PROMPT, Case
 from benchmarks.work import Work
-from moe_lab.infer.engine import Engine, Request
+from moe_lab.infer.engine import Engine
+from moe_lab.infer.request import Request
 from moe_lab.nn.moe import MoE
 from moe_lab.nn.transformer import Transformer
 from moe_lab.ops.attention import attention

@@ -139,10 +139,11 @@ def _contenders(benchmark: str, cases: list, preset: str) -> list:
 
 def _at_batch_sizes(cases: list) -> list:
   """Returns the cases of `decode`: each at its numbers of sequences, and the times of tokens under a mix of prompts."""
-  from benchmarks.case import SEQUENCES
+  from benchmarks.case import MIXED, SEQUENCES
 
   fixed = [dataclasses.replace(case, sequences=n) for case in cases if case.method == "topk" for n in SEQUENCES]
-  return fixed + [dataclasses.replace(case, method="dynamic", sequences=SEQUENCES[-1]) for case in cases]
+  mixed = [dataclasses.replace(case, sequences=SEQUENCES[-1], **MIXED) for case in cases]
+  return fixed + list(dict.fromkeys(mixed))  # whatever k of the others
 
 
 if __name__ == "__main__":

@@ -24,10 +24,16 @@ from moe_lab.errors import UserError
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("prompt", "", "Text to go on from; empty: the beginning of a document.", flag_values=FLAGS)
 flags.DEFINE_string(
-  "prompts", None, "A file of prompts, one a line; or .jsonl, with fields of this page's flags.", flag_values=FLAGS
+  "prompts",
+  None,
+  'A file of prompts, one a line; or .jsonl, an object a line: "prompt", and any of max_tokens to max_experts below.',
+  flag_values=FLAGS,
 )
 flags.DEFINE_bool(
-  "chat", False, "Ask for line after line; each goes on from all before. End: Ctrl-D.", flag_values=FLAGS
+  "chat",
+  False,
+  "Ask for line after line; each goes on from all before, --prompt first. End: Ctrl-D.",
+  flag_values=FLAGS,
 )
 flags.DEFINE_string(
   "out", None, "With --prompts: the file of responses; by default PROMPTS.responses.jsonl.", flag_values=FLAGS
@@ -46,11 +52,13 @@ flags.DEFINE_integer(
 flags.DEFINE_float("budget", None, "Mean experts to ask for; by default the trained budget.", flag_values=FLAGS)
 flags.DEFINE_integer("max_experts", None, "No token takes more experts.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_bool(
-  "steady", False, "Hold the experts of each step to slots x budget, hardest tokens first.", flag_values=FLAGS
+  "steady", False, "Hold the experts of each decoding step to slots x budget, hardest tokens first.", flag_values=FLAGS
 )
 flags.DEFINE_integer("slots", 8, "With --prompts: sequences at a time.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("context", 2048, "With --chat: tokens that are remembered.", lower_bound=2, flag_values=FLAGS)
 flags.DEFINE_integer("step", None, "Which checkpoint; by default the newest.", flag_values=FLAGS)
+
+LEAST_CAPACITY = 64  # tokens of a sequence that the cache has room for
 
 # Blue to yellow, few to many experts: ANSI 256 colours of about equal lightness steps.
 _COLOURS = (33, 37, 36, 35, 71, 107, 143, 178, 220)
@@ -80,32 +88,45 @@ class _Model:
     self.routing = self.loaded.config.routing
 
   def tokens(self, text: str) -> list[int]:
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      raise UserError(f"prompt: wanted text in UTF-8, but character {error.start + 1} is none") from None
     return [self.tokenizer.bos_id, *self.tokenizer.encode(text).tolist()]
 
   def request(self, prompt: list[int], **changes):
     """Returns a request by the flags, and by what its line of a file says."""
-    from moe_lab.infer.engine import Request
-    from moe_lab.train.load import checked_budget
+    from moe_lab.infer.request import Request
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "max_experts")
-    settings = {name: getattr(FLAGS, name) for name in names} | {"stop": tuple(FLAGS.stop)} | changes
-    settings["budget"] = checked_budget(self.loaded.config, settings.get("budget", self.loaded.budget))
-    return Request(prompt, stop_token=self.tokenizer.eos_id, **settings)
+    settings = {name: getattr(FLAGS, name) for name in names} | {
+      "stop": tuple(FLAGS.stop),
+      "budget": self.loaded.budget,
+    }
+    request = Request(prompt, stop_token=self.tokenizer.eos_id, **settings | changes)
+    request.check(self.loaded.config)
+    return request
 
   def engine(self, slots: int, capacity: int, steps: int):
+    """Returns an engine for sequences of at least `capacity` tokens: powers of two, so that few are ever compiled."""
+    import jax
+
     from moe_lab.infer.engine import Engine
 
-    return Engine(
-      self.loaded.config,
-      self.loaded.params,
-      self.loaded.router_state,
-      slots=slots,
-      capacity=capacity,
-      steps=steps,
-      steady=FLAGS.steady,
-      budget=self.loaded.budget,
-      decode=self.tokenizer.decode,
-    )
+    try:
+      return Engine(
+        self.loaded.config,
+        self.loaded.params,
+        self.loaded.router_state,
+        slots=slots,
+        capacity=max(1 << (capacity - 1).bit_length(), LEAST_CAPACITY),
+        steps=steps,
+        steady=FLAGS.steady,
+        budget=self.loaded.budget,
+        decode=self.tokenizer.decode,
+      )
+    except jax.errors.JaxRuntimeError:
+      raise UserError(f"max_tokens: no room for {slots} x {capacity} tokens in memory; wanted fewer") from None
 
   def result(self, responses: list, engine, seconds: float) -> dict:
     """Returns what every way of generating reports."""
@@ -122,17 +143,14 @@ class _Model:
     }
 
 
-def _stream(model: _Model, engine, request):
-  """Writes one response to stderr as it comes, and returns it."""
-  from moe_lab.infer.responses import Response
-
-  response, in_colour = Response(), sys.stderr.isatty()
+def _stream(model: _Model, engine, request, response) -> None:
+  """Writes a response to stderr as it comes, and adds it to `response`."""
+  in_colour = sys.stderr.isatty()
   for _, token in engine.generate([request]):
     response.add(token)
     text = _coloured(token.text, token.experts, model.routing) if in_colour and token.text else token.text
     print(text, end="", file=sys.stderr, flush=True)
   print(file=sys.stderr)
-  return response
 
 
 def _legend(model: _Model) -> None:
@@ -142,12 +160,14 @@ def _legend(model: _Model) -> None:
 
 
 def _one(model: _Model) -> dict:
+  from moe_lab.infer.responses import Response
+
   request = model.request(model.tokens(FLAGS.prompt))
   engine = model.engine(1, len(request.prompt) + request.max_tokens, steps=4)
   _legend(model)
   print(FLAGS.prompt, end="", file=sys.stderr, flush=True)
-  started = time.monotonic()
-  response = _stream(model, engine, request)
+  started, response = time.monotonic(), Response()
+  _stream(model, engine, request, response)
   return {
     "text": response.text,
     "experts": response.experts,
@@ -157,7 +177,12 @@ def _one(model: _Model) -> dict:
 
 
 def _chat(model: _Model) -> dict:
-  """Goes on from all that was said; of a talk longer than the context the oldest part is forgotten."""
+  """Goes on from all that was said; of a talk longer than the context the oldest part is forgotten.
+
+  Ctrl-C ends a response, and between two the talk.
+  """
+  from moe_lab.infer.responses import Response
+
   if FLAGS.max_tokens >= FLAGS.context:
     raise UserError(f"--context={FLAGS.context}: wanted more than --max_tokens={FLAGS.max_tokens}")
   engine = model.engine(1, FLAGS.context, steps=4)
@@ -173,28 +198,35 @@ def _chat(model: _Model) -> dict:
       break
     said += model.tokens(line)[1:]
     request = model.request(said[-(FLAGS.context - FLAGS.max_tokens) :], seed=FLAGS.seed + turn)
-    started = time.monotonic()
-    responses.append(_stream(model, engine, request))
+    started, response = time.monotonic(), Response()
+    try:
+      _stream(model, engine, request, response)
+    except KeyboardInterrupt:
+      print(file=sys.stderr)
+    responses.append(response)
     seconds += time.monotonic() - started
-    said += [*(t for t in responses[-1].tokens if t != model.tokenizer.eos_id), *model.tokens("\n")[1:]]
+    said += model.tokens(response.text + "\n")[1:]  # without a stop string, which nobody has seen
   return {"text": [r.text for r in responses], "turns": len(responses)} | model.result(
     responses, engine, max(seconds, 1e-9)
   )
+
+
+def _responses_file() -> Path:
+  return Path(FLAGS.out or f"{FLAGS.prompts}.responses.jsonl")
 
 
 def _file(model: _Model, path: Path) -> dict:
   from moe_lab.infer.responses import finished, read_prompts
   from moe_lab.io.files import dump_json
 
-  lines = read_prompts(path)
-  requests = [
-    model.request(model.tokens(text), **{"seed": FLAGS.seed + index} | changes)
-    for index, (text, changes) in enumerate(lines)
-  ]
+  out = _responses_file()
+  lines, requests = read_prompts(path), []
+  for index, (place, text, changes) in enumerate(lines):
+    try:
+      requests.append(model.request(model.tokens(text), **{"seed": FLAGS.seed + index} | changes))
+    except UserError as error:
+      raise UserError(f"{place}: {error}") from None
   engine = model.engine(min(FLAGS.slots, len(requests)), max(len(r.prompt) + r.max_tokens for r in requests), steps=8)
-  for request in requests:
-    engine.check(request)
-  out = Path(FLAGS.out or f"{path}.responses.jsonl")
   try:
     file = open(out, "x", encoding="utf-8", errors="replace")  # noqa: SIM115
   except FileExistsError:
@@ -204,7 +236,7 @@ def _file(model: _Model, path: Path) -> dict:
   responses, started = [], time.monotonic()
   with file:
     for index, response in finished(engine, requests):
-      fields = {"index": index, "prompt": lines[index][0]} | dataclasses.asdict(response)
+      fields = {"index": index, "prompt": lines[index][1]} | dataclasses.asdict(response)
       print(dump_json(fields | {"mean_experts": response.mean_experts}), file=file, flush=True)
       responses.append(response)
       print(f"\r{len(responses)} of {len(requests)}", end="", file=sys.stderr, flush=True)
@@ -214,10 +246,13 @@ def _file(model: _Model, path: Path) -> dict:
 
 def main(workdir: Path) -> dict:
   """Generates from the newest (or the asked) checkpoint in `workdir`."""
-  if bool(FLAGS.prompts) + FLAGS.chat + bool(FLAGS.prompt and FLAGS.prompts) > 1:
-    raise UserError("wanted one of --prompt, --prompts and --chat")
-  if FLAGS.out and not FLAGS.prompts:
-    raise UserError(f"--out={FLAGS.out}: wanted with --prompts only")
+  if FLAGS.prompts and (FLAGS.chat or FLAGS.prompt):
+    raise UserError(f"--prompts={FLAGS.prompts}: wanted without --prompt and --chat")
+  for name, mode in (("out", "prompts"), ("slots", "prompts"), ("context", "chat")):
+    if FLAGS[name].present and not getattr(FLAGS, mode):
+      raise UserError(f"--{name}={getattr(FLAGS, name)}: wanted with --{mode} only")
+  if FLAGS.prompts and (out := _responses_file()).exists():
+    raise UserError(f"--out={out}: it is there already; wanted the name of a new file")
   model = _Model(workdir)
   if FLAGS.prompts:
     result = _file(model, Path(FLAGS.prompts))

@@ -69,7 +69,7 @@ def main(config: Config, workdir: Path) -> dict:
   from moe_lab.train.loop import train
 
   runs = []
-  for seed in map(int, FLAGS.seeds):
+  for seed in program.seeds(FLAGS.seeds):
     for arm in ARMS:
       folder = workdir / f"{arm}-{seed}"
       arm_config = dataclasses.replace(

@@ -43,10 +43,13 @@ def main(workdir: Path) -> dict:
   for arm in FLAGS.arms:
     if arm not in ARMS:
       raise UserError(f"--arms={arm}: wanted some of {', '.join(ARMS)}{did_you_mean(arm, ARMS)}")
+  seeds = program.seeds(FLAGS.seeds)
+  if FLAGS.longest < min(LENGTHS):
+    raise UserError(f"--longest={FLAGS.longest}: wanted at least {min(LENGTHS)}, the trained length")
   configs = {arm: resolve(load(f"{CONFIG}:{arm}")) for arm in FLAGS.arms}
   runs = []
   for arm, config in configs.items():
-    for seed in map(int, FLAGS.seeds):
+    for seed in seeds:
       folder = workdir / f"{arm}-{seed}"
       seeded = dataclasses.replace(
         config, train=dataclasses.replace(config.train, seed=seed), data=dataclasses.replace(config.data, seed=seed)
@@ -94,7 +97,7 @@ def _in_words(one: dict) -> str:
 
 
 def _summary(runs: list[dict]) -> list[dict]:
-  """Returns accuracy by arm, interpolation or not, and length: of each seed, and over all of their questions."""
+  """Returns accuracy by arm, interpolation or not, and length: of each seed, and their mean."""
   found: dict[tuple, dict] = {}
   for run in runs:
     for one in run["asked"]:

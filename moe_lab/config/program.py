@@ -76,6 +76,14 @@ def prepare(keep_memory: bool = True) -> None:
     keep_freed_memory()
 
 
+def seeds(texts: list[str]) -> list[int]:
+  """Returns the numbers of a `--seeds` flag; anything else is the user's mistake."""
+  for text in texts:
+    if not text.isdigit():
+      raise UserError(f"--seeds={text}: wanted a number, or several: 0,1,2")
+  return [int(text) for text in texts]
+
+
 def cache_dir() -> Path:
   """Returns the folder for what can be made again, such as compiled programs: $MOE_LAB_CACHE or ~/.cache/moe_lab."""
   return Path(os.environ.get("MOE_LAB_CACHE") or "~/.cache/moe_lab").expanduser()

@@ -19,6 +19,7 @@ from moe_lab.config.schema import Config
 from moe_lab.errors import UserError
 from moe_lab.infer import programs
 from moe_lab.infer.cache import cache_bytes, empty_cache, full_cache_bytes
+from moe_lab.infer.request import Request
 from moe_lab.infer.sampling import Sampling
 from moe_lab.infer.text import TextStream
 from moe_lab.nn.transformer import Transformer, unstack_layers
@@ -26,33 +27,6 @@ from moe_lab.routing.base import RouterState
 from moe_lab.routing.registry import make_router
 
 READERS = 4  # prompts that are read together: their experts' weights are fetched once
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """What to write on from, and how.
-
-  Attributes:
-    prompt: token ids, at least one.
-    max_tokens: at most so many new ones.
-    temperature, top_k, top_p, min_p, seed: as in `Sampling`.
-    budget: mean experts asked for; None: the trained budget.
-    max_experts: no token takes more; None: the method's own most.
-    stop: strings that end the text and are not part of it; they need the engine's `decode`.
-    stop_token: an id that ends it, and is its last token; -1: none.
-  """
-
-  prompt: Sequence[int]
-  max_tokens: int = 128
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  min_p: float = 0.0
-  seed: int = 0
-  budget: float | None = None
-  max_experts: int | None = None
-  stop: tuple[str, ...] = ()
-  stop_token: int = -1
 
 
 class Token(NamedTuple):
@@ -92,7 +66,8 @@ class _Serving:
 class Engine:
   """Serves requests with fixed parameters.
 
-  What a request gets does not depend on which others are served, but for `steady`, which shares experts among them.
+  What a request gets does not depend, up to rounding, on which others are served, but for `steady`, which shares
+  experts among them. (Rounding is enough to change the draws of `random_k`.)
   """
 
   def __init__(
@@ -119,8 +94,9 @@ class Engine:
       capacity: most tokens of a sequence, prompt and response.
       chunk: tokens of a prompt that are read at a time.
       steps: most tokens of a sequence between two looks of the host; new requests and stop strings wait that long.
-      steady: hold each step's expert rows per layer to slots * budget, rounded up, hardest tokens first, and read
-        one chunk of a prompt between steps, so that no prompt makes the others wait long.
+      steady: hold each decoding step's expert rows per layer to slots * budget, rounded up, hardest tokens first, and
+        read one chunk of one prompt between steps, in chunk * budget rows, so that no prompt makes the others wait
+        long. Tokens of a chunk share its rows whichever comes first, so results depend on where chunks end.
       budget: of requests that ask for none, and of `steady`; None: the trained budget.
       decode: turns tokens into text.
 
@@ -166,22 +142,12 @@ class Engine:
 
   def check(self, request: Request) -> None:
     """Raises UserError if this engine can't serve the request."""
-    length, least = len(request.prompt), max(self._config.routing.k_min, 1)
-    if length < 1 or request.max_tokens < 1:
-      raise UserError(f"a request of {length} + {request.max_tokens} tokens: wanted at least one of each")
-    if length + request.max_tokens > self.capacity:
-      raise UserError(f"a request of {length} + {request.max_tokens} tokens: wanted at most {self.capacity} in all")
-    if request.max_experts is not None and request.max_experts < least:
-      raise UserError(f"max_experts={request.max_experts}: wanted at least {least}")
-    if request.temperature < 0 or request.top_k < 0:
-      raise UserError(f"temperature={request.temperature:g}, top_k={request.top_k}: wanted neither below 0")
-    for name in ("top_p", "min_p"):
-      if not 0 <= getattr(request, name) <= 1:
-        raise UserError(f"{name}={getattr(request, name):g}: wanted a number from 0 to 1")
-    if not 0 <= request.seed < 2**31:
-      raise UserError(f"seed={request.seed}: wanted a number from 0 to 2^31 - 1")
-    if "" in request.stop:
-      raise UserError('stop="": wanted text')
+    request.check(self._config)
+    if len(request.prompt) + request.max_tokens > self.capacity:
+      most = f"at most {self.capacity - len(request.prompt)} with a prompt of {len(request.prompt)}"
+      raise UserError(
+        f"max_tokens={request.max_tokens}: wanted {most}, since the engine's sequences have {self.capacity}"
+      )
     if request.stop and self._decode_text is None:
       raise ValueError("stop strings need the engine's `decode`")
 
@@ -206,7 +172,8 @@ class Engine:
   def step(self) -> list[tuple[int, Token]]:
     """Reads prompts into free slots, then decodes up to `steps` tokens of each sequence; returns what came of it."""
     made = []
-    while reading := self._admitted():
+    self._admit()  # once: those that come and go quickly must not keep the others from decoding
+    while reading := self._being_read():
       decoding = self._decoding_B().any()
       made += self._read_on(reading)
       if self.steady and decoding:
@@ -214,17 +181,34 @@ class Engine:
     return made + (self._decode_on() if self._decoding_B().any() else [])
 
   def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Token]]:
-    """Yields (index of the request, token) as tokens come, of all requests at once."""
-    index_of = {self.submit(request): index for index, request in enumerate(requests)}
-    while self.busy:
-      for ticket, token in self.step():
-        yield index_of[ticket], token
+    """Yields (index of the request, token) as tokens come, of all requests at once; left early, it forgets the rest.
 
-  def _admitted(self) -> list[int]:
-    """Gives free slots to who waits; returns the slots whose prompts are read next."""
+    Raises:
+      UserError: a request can't be served; none was begun then.
+    """
+    if self.busy:
+      raise ValueError("`generate` wants an engine that serves nobody; beside others: `submit` and `step`")
+    requests = list(requests)
+    for request in requests:
+      self.check(request)
+    index_of = {self.submit(request): index for index, request in enumerate(requests)}
+    try:
+      while self.busy:
+        for ticket, token in self.step():
+          yield index_of[ticket], token
+    finally:
+      # What decoding finds in a slot that serves nobody it leaves alone.
+      self._waiting.clear()
+      self._serving = [None] * self.slots
+
+  def _admit(self) -> None:
+    """Gives free slots to who waits."""
     for slot, serving in enumerate(self._serving):
       if serving is None and self._waiting:
         self._serving[slot] = self._waiting.popleft()
+
+  def _being_read(self) -> list[int]:
+    """Returns the slots whose prompts are read next."""
     reading = [slot for slot, serving in enumerate(self._serving) if serving and serving.reading]
     return sorted(reading, key=lambda slot: self._serving[slot].ticket)[: self._readers]
 

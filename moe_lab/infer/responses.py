@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moe_lab.errors import UserError, did_you_mean
-from moe_lab.infer.engine import Engine, Request, Token
+from moe_lab.infer.engine import Engine, Token
+from moe_lab.infer.request import Request
 
 
 @dataclasses.dataclass
@@ -17,7 +18,7 @@ class Response:
     tokens: ids.
     log_probs: of each token, in nats.
     experts: mean over layers of the experts of each token.
-    text: of the tokens.
+    text: of the tokens; a character that they only begin is not in it.
     finish: stop | length; "" while it is being written.
   """
 
@@ -69,8 +70,8 @@ _FIELDS = {
 }
 
 
-def read_prompts(path: Path) -> list[tuple[str, dict]]:
-  """Returns the prompts of a file, and what each sets for itself.
+def read_prompts(path: Path) -> list[tuple[str, str, dict]]:
+  """Returns the prompts of a file: where it stands, its text, and what it sets for itself.
 
   Args:
     path: one prompt a line; or, where it ends in .jsonl, one object a line: "prompt", and if wanted any of the fields
@@ -80,19 +81,22 @@ def read_prompts(path: Path) -> list[tuple[str, dict]]:
     UserError: names the line that can't be used.
   """
   try:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    text = path.read_text(encoding="utf-8-sig")
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"--prompts={path}: wanted a readable UTF-8 file ({error})") from None
-  lines = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+  # Not `splitlines`, which cuts at form feeds too, and within JSON's strings.
+  lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
   if not lines:
     raise UserError(f"--prompts={path}: wanted at least one prompt, a line each")
-  return [_from_json(*line) for line in lines] if path.suffix == ".jsonl" else [(line, {}) for _, line in lines]
+  if path.suffix == ".jsonl":
+    return [(place, *_from_json(place, line)) for place, line in lines]
+  return [(place, line, {}) for place, line in lines]
 
 
 def _from_json(place: str, line: str) -> tuple[str, dict]:
   try:
     fields = json.loads(line)
-  except json.JSONDecodeError as error:
+  except ValueError as error:  # also of numbers that are too long
     raise UserError(f"{place}: not JSON ({error})") from None
   if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
     raise UserError(f'{place}: wanted an object with a text "prompt"')
@@ -103,5 +107,8 @@ def _from_json(place: str, line: str) -> tuple[str, dict]:
     if not isinstance(value, _FIELDS[name]) or isinstance(value, bool):
       raise UserError(f"{place}: {name} = {value!r}: wanted {'text or a list' if name == 'stop' else 'a number'}")
   if "stop" in fields:
-    fields["stop"] = (fields["stop"],) if isinstance(fields["stop"], str) else tuple(map(str, fields["stop"]))
+    stop = fields["stop"]
+    fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(text, str) for text in fields["stop"]):
+      raise UserError(f"{place}: stop = {stop!r}: wanted text or a list of texts")
   return prompt, fields

@@ -45,6 +45,7 @@ class MoE(nn.Module):
     assignment = scattered(assignment, num_experts, routing.gating_dropout, context)
     if context.caps is not None:
       assignment = capped(assignment, context.caps, max(routing.k_min, 1))
+      # Of the statistics only the counts are what was spent: the others say what the router wanted, and train nobody.
       stats = stats._replace(count_T=assignment.valid_TK.sum(-1))
 
     weights = ExpertWeights(

@@ -109,7 +109,9 @@ def ring_attention(
   """
   single = q_BLNH.shape[1] == 1
   if backend == "reference" or single:
-    if single and row_B is None and (backend == "native" or (backend == "auto" and native.used_here())):
+    # The kernel computes in float32: of rings in another type it would make a copy at every step.
+    fits = ring.k_BWMH.dtype == jnp.float32 and native.used_here()
+    if single and row_B is None and (backend == "native" or (backend == "auto" and fits)):
       native.register()
       return _native_step(q_BLNH, ring, slope_M, window, end_B)
     ring = ring if row_B is None else Ring(*(x[row_B] for x in ring))

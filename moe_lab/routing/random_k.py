@@ -4,7 +4,8 @@ Counts are drawn as the dynamic method's untrained policy draws them, from the
 distribution of most entropy whose mean is the budget (Matryoshka MoE, arXiv
 2509.26520, trains so), or from given shares, such as the histogram of a trained
 policy. At inference too: a token's draw is then a hash of its hidden state, so
-that it needs no key and no neighbours.
+that it needs no key and no neighbours. The last bit of that state is enough to
+change it: another machine, or another batch, draws anew.
 """
 
 import jax

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from moe_lab.errors import UserError
-from moe_lab.infer.engine import Engine, Request
+from moe_lab.infer.engine import Engine
+from moe_lab.infer.request import Request
 from tests.infer.models import VOCAB, forward, make
 
 
@@ -44,6 +45,14 @@ def test_greedy_decoding_equals_the_full_forward_pass(name):
     np.testing.assert_allclose([t.log_prob for t in made], log_prob, atol=1e-5)
     count = out.stats.count_T.mean(0)[length - 1 : length - 1 + len(tokens)]
     np.testing.assert_allclose([t.experts for t in made], count, rtol=1e-6)
+
+
+def test_chunks_as_they_are_shipped_go_round_the_rings():
+  # Rings of 192 slots and 448: a prompt of 600 in chunks of 128 goes round both, by the kernel where there is one.
+  served = engine("windowed", capacity=704, chunk=128, slots=1)
+  [made] = responses(served, [Request(prompt(600), 6)])
+  out = forward("windowed")([*prompt(600), *(token.token for token in made[:-1])])
+  np.testing.assert_array_equal(out.logits_BLV[0, 599:].argmax(-1), [token.token for token in made])
 
 
 def test_a_response_does_not_depend_on_the_others():
@@ -113,12 +122,47 @@ def test_the_cache_is_smaller_than_a_full_one():
   assert served.cache_bytes / served.full_cache_bytes == (64 + 384 + 2240 + 4096) / (4 * 4096)
 
 
+def test_who_comes_and_goes_quickly_does_not_keep_others_from_decoding():
+  served = engine("windowed")
+  long = served.submit(Request(prompt(4), 12))
+  served.step()
+  for n in range(12):
+    served.submit(Request(prompt(3, n), 1))
+  first = served.step()
+  # Two slots are free: one token of each of two newcomers, and a round of four for the one that decodes.
+  assert [ticket for ticket, _ in first].count(long) == 4 and len(first) == 6
+  while served.busy:
+    served.step()
+
+
+def test_an_engine_serves_on_after_a_break_and_after_a_refusal():
+  served, request = engine("windowed"), Request(prompt(9), 30)
+  [whole] = responses(served, [request])
+  begun = served.generate([request, Request(prompt(4), 5)])
+  next(begun)
+  begun.close()
+  with pytest.raises(UserError, match="max_tokens=999"):
+    next(served.generate([request, Request([1], max_tokens=999)]))
+  [again] = responses(served, [request])
+  assert [t.token for t in again] == [t.token for t in whole]
+
+
 @pytest.mark.parametrize(
   ("request_", "words"),
   [
-    (Request([]), "wanted at least one of each"),
-    (Request([1], max_tokens=256), "wanted at most 256"),
-    (Request([1], max_experts=0), "max_experts=0: wanted at least 1"),
+    (Request([]), "prompt: wanted at least one token"),
+    (Request([VOCAB]), "prompt: wanted ids from 0 to 39"),
+    (Request([-1]), "prompt: wanted ids from 0 to 39"),
+    (Request([1], max_tokens=0), "max_tokens=0: wanted a number from 1"),
+    (Request([1], max_tokens=256), "max_tokens=256: wanted at most 255 with a prompt of 1"),
+    (Request([1], max_experts=0), "max_experts=0: wanted a number from 1"),
+    (Request([1], max_experts=10**10), "max_experts=10000000000: wanted a number from 1"),
+    (Request([1], top_k=10**10), "top_k=10000000000: wanted a number from 0"),
+    (Request([1], temperature=float("nan")), "temperature=nan: wanted a number from 0"),
+    (Request([1], budget=float("nan")), "budget=nan: wanted a number from 1 to 4"),
+    (Request([1], budget=99), "budget=99: wanted a number from 1 to 4"),
+    (Request([1], seed=-1), "seed=-1: wanted a number from 0"),
+    (Request([1], stop=("",)), 'stop="": wanted text'),
   ],
 )
 def test_what_cannot_be_served_is_refused(request_, words):

@@ -18,14 +18,19 @@ def test_a_response_sums_up():
 
 
 def test_one_prompt_a_line(tmp_path):
-  (tmp_path / "p.txt").write_text('first\n\n{"prompt": 1}\n')
-  assert read_prompts(tmp_path / "p.txt") == [("first", {}), ('{"prompt": 1}', {})]
+  path = tmp_path / "p.txt"
+  path.write_text('\ufefffirst\n\n{"prompt": 1}\nwith a form\ffeed\n')
+  texts = [(1, "first"), (3, '{"prompt": 1}'), (4, "with a form\ffeed")]
+  assert read_prompts(path) == [(f"{path}, line {number}", text, {}) for number, text in texts]
 
 
 def test_one_object_a_line(tmp_path):
-  lines = [{"prompt": "a", "budget": 2, "stop": "x"}, {"prompt": "b", "stop": ["y", "z"]}]
-  (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
-  assert read_prompts(tmp_path / "p.jsonl") == [("a", {"budget": 2, "stop": ("x",)}), ("b", {"stop": ("y", "z")})]
+  path = tmp_path / "p.jsonl"
+  lines = [{"prompt": "a\u2028", "budget": 2, "stop": "x"}, {"prompt": "b", "stop": ["y", "z"]}]
+  path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+  first, second = read_prompts(path)
+  assert first == (f"{path}, line 1", "a\u2028", {"budget": 2, "stop": ("x",)})
+  assert second == (f"{path}, line 2", "b", {"stop": ("y", "z")})
 
 
 @pytest.mark.parametrize(
@@ -36,6 +41,8 @@ def test_one_object_a_line(tmp_path):
     ('{"prompt": "a"}\n[]', 'line 2: wanted an object with a text "prompt"'),
     ('{"prompt": "a", "bugdet": 2}', "unknown field 'bugdet' .did you mean 'budget'"),
     ('{"prompt": "a", "seed": "x"}', "seed = 'x': wanted a number"),
+    ('{"prompt": "a", "stop": ["b", null]}', "stop = .*: wanted text or a list of texts"),
+    ('{"prompt": "a", "seed": ' + "1" * 5000 + "}", "line 1: not JSON"),
   ],
 )
 def test_a_mistake_names_the_line(tmp_path, text, words):

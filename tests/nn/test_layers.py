@@ -1,12 +1,15 @@
 """The layers by themselves: shared experts, and the bound of QK-norm in place."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_lab.config.schema import ModelConfig, RoutingConfig
-from moe_lab.nn.attention import Attention
+from moe_lab.nn.attention import Attention, layer_slopes, layer_windows
 from moe_lab.nn.moe import MoE
 from moe_lab.ops.grouped_mlp import swiglu
 from moe_lab.routing.base import Decisions, RouterContext, RouterState
@@ -44,6 +47,33 @@ def test_every_token_takes_every_shared_expert():
   np.testing.assert_allclose(y_TD, only_shared + only_routed, atol=1e-5)
   assert not only_routed[9:].any() and only_routed[:9].any(axis=1).all()  # padding takes no routed expert
   assert stats.assigned_E.sum() == 18  # shared experts are no rows of the router's
+
+
+def test_interpolation_stretches_slopes_and_windows():
+  config = ModelConfig(num_heads=4, num_kv_heads=4, qk_bound=8.0)
+  stretched = dataclasses.replace(config, position_interpolation=4.0)
+  np.testing.assert_allclose(layer_slopes(stretched), layer_slopes(config) / 4, rtol=1e-6)
+  # Slopes 2^-(4/3), 2^-4 and 2^-(20/3) over 4; (16 + 16.118 - ln(1 - e^-m)) / m.
+  for window, slope in zip(layer_windows(stretched), [2 ** -(4 / 3) / 4, 2**-6, 2 ** -(20 / 3) / 4], strict=False):
+    assert window == math.ceil((16 + 16.118 - math.log(1 - math.exp(-slope))) / slope)
+  assert layer_windows(stretched)[-1] is None
+
+
+def test_interpolated_rotary_tokens_stand_closer():
+  # Two tokens at twice the distance, under an interpolation of two, are the two at the distance itself.
+  base = ModelConfig(dim=8, num_heads=2, num_kv_heads=1, head_dim=4, position="rotary", num_global_groups=0)
+  stretched = dataclasses.replace(base, position_interpolation=2.0)
+  x_BLD = jax.random.normal(jax.random.key(0), (1, 5, 8))
+  layer, segment_BL = Attention(base, 1.0), jnp.ones((1, 5), jnp.int32)
+  params = random_like(jax.eval_shape(layer.init, jax.random.key(0), x_BLD, segment_BL, 0, None))["params"]
+
+  def last(config, tokens):
+    segment = jnp.zeros((1, 5), jnp.int32).at[:, jnp.asarray(tokens)].set(1)
+    return Attention(config, 1.0).apply({"params": params}, x, segment, 0, None)[0][0, tokens[-1]]
+
+  x = x_BLD.at[:, 4].set(x_BLD[:, 2])
+  np.testing.assert_allclose(last(stretched, [0, 4]), last(base, [0, 2]), atol=1e-5)
+  assert np.abs(last(base, [0, 4]) - last(base, [0, 2])).max() > 1e-3
 
 
 @pytest.mark.parametrize("position", ["alibi", "rotary"])

@@ -10,7 +10,4 @@ def get_config(arg=None):
   config = base_config()
   config.train.steps = 600
   config.routing.warmup_steps = 150
-  # What did best for counts that vary (experiments/routing_study/LOG.md).
-  config.routing.gate = "softmax_unit"
-  config.routing.standardise = True
   return config

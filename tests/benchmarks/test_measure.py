@@ -52,7 +52,7 @@ def test_tokens_under_a_mix_of_prompts_are_timed():
   case = dataclasses.replace(SMALL, method="dynamic", sequences=8)
   free, steady = measure([Contender("ours", "decode", case, variant) for variant in ("", "steady")], 1, "cpu", str)[0]
   assert free.numbers["p50_ms"] <= free.numbers["p99_ms"] and steady.name == "moe_lab steady"
-  assert steady.numbers["mean_experts"] <= free.numbers["mean_experts"]
+  assert steady.numbers["mean_experts"] < free.numbers["mean_experts"]  # hard sequences among them
   text = results.table([free, steady], 1e12)
   assert "p99" in text and f"{steady.numbers['p99_ms']:.2f} ms" in text
 

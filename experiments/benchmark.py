@@ -67,7 +67,7 @@ def main(benchmark: str) -> dict:
     print(f"\n{path.read_text()}\n{path}", file=sys.stderr)
     return {"benchmark": benchmark, "machine": described, "results": found, "file": path}
   preset = FLAGS.preset if FLAGS.preset != "auto" else ("gpu" if described["accelerator"] else "cpu")
-  contenders = _contenders(benchmark, _cases(preset), preset)
+  contenders = _contenders(benchmark, _cases(benchmark, preset), preset)
   measured, peak = measure(contenders, FLAGS.rounds, preset, log.info)
   result = results.summary(benchmark, measured, peak, described)
   text = results.table(measured, peak)
@@ -78,7 +78,7 @@ def main(benchmark: str) -> dict:
   return result | {"file": path}
 
 
-def _cases(preset: str) -> list:
+def _cases(benchmark: str, preset: str) -> list:
   """Returns the cases that the flags ask for: every method with every number of experts and every k."""
   from benchmarks.case import PRESETS
 
@@ -90,8 +90,11 @@ def _cases(preset: str) -> list:
   cases = []
   for method, (num_experts, expert_dim), k in itertools.product(FLAGS.method, sizes, FLAGS.k or [base.k]):
     case = dataclasses.replace(base, method=method, num_experts=num_experts, expert_dim=expert_dim, k=_k(k, method))
-    case.config()  # a mistake shows here, in one line, and not in a contender
     cases.append(case)
+  if benchmark == "decode":
+    cases = _decode_cases(cases)
+  for case in cases:
+    case.config()  # a mistake shows here, in one line, and not in a contender
   return cases
 
 
@@ -125,7 +128,7 @@ def _contenders(benchmark: str, cases: list, preset: str) -> list:
     log.warning("no peers: %s not installed (pip install -e .[peers])", " and ".join(missing))
     peers = ()
   contenders = []
-  for case in _at_batch_sizes(cases) if benchmark == "decode" else cases:
+  for case in cases:
     contenders += [Contender("ours", benchmark, case, variant) for variant in ours]
     if case.method == "topk":
       contenders += [Contender("peer", benchmark, case, variant) for variant in peers]
@@ -137,7 +140,7 @@ def _contenders(benchmark: str, cases: list, preset: str) -> list:
   return contenders
 
 
-def _at_batch_sizes(cases: list) -> list:
+def _decode_cases(cases: list) -> list:
   """Returns the cases of `decode`: each at its numbers of sequences, and the times of tokens under a mix of prompts."""
   from benchmarks.case import MIXED, SEQUENCES
 

@@ -6,9 +6,10 @@ import json
 import pytest
 
 from benchmarks import plot, results
-from benchmarks.case import Case
+from benchmarks.case import MIXED, PRESETS, Case
 from benchmarks.measure import Result, measure
 from benchmarks.worker import Contender
+from experiments.benchmark import _decode_cases
 from moe_lab.errors import RunError
 
 SMALL = Case(
@@ -49,12 +50,24 @@ def test_each_benchmark_runs(benchmark):
 
 @pytest.mark.slow
 def test_tokens_under_a_mix_of_prompts_are_timed():
-  case = dataclasses.replace(SMALL, method="dynamic", sequences=8)
+  # Three runs are timed, with no, two and one hard sequence of eight: of them the second asks for 22 rows, beyond 16.
+  case = dataclasses.replace(SMALL, **MIXED, num_experts=8, sequences=8)
   free, steady = measure([Contender("ours", "decode", case, variant) for variant in ("", "steady")], 1, "cpu", str)[0]
   assert free.numbers["p50_ms"] <= free.numbers["p99_ms"] and steady.name == "moe_lab steady"
-  assert steady.numbers["mean_experts"] < free.numbers["mean_experts"]  # hard sequences among them
+  assert free.numbers["mean_experts"] == pytest.approx((8 + 22 + 15) / 24)
+  assert steady.numbers["mean_experts"] == pytest.approx((8 + 16 + 15) / 24)
   text = results.table([free, steady], 1e12)
   assert "p99" in text and f"{steady.numbers['p99_ms']:.2f} ms" in text
+
+
+@pytest.mark.parametrize("preset", ["cpu", "gpu"])
+def test_the_mix_of_prompts_is_measured_once_a_shape(preset):
+  asked = [dataclasses.replace(PRESETS[preset], method=m, k=k) for m, k in (("topk", 2), ("topk", 16), ("dynamic", 8))]
+  found = _decode_cases(asked)
+  assert [(c.method, c.k, c.sequences) for c in found] == [
+    ("topk", 2, 1), ("topk", 2, 8), ("topk", 16, 1), ("topk", 16, 8), ("dynamic", 2, 8),
+  ]  # fmt: skip
+  assert all(case.config().routing.slots == (case.k if case.method == "topk" else 8) for case in found)
 
 
 def test_more_rows_than_any_share_foresees_are_all_computed():

@@ -145,6 +145,7 @@ TEXT = ("--config.data.sources=text:text", "--workdir=new")
     ("benchmark", ("moe_layer", "--k=2.5"), ("--k=2.5", "whole number")),
     ("benchmark", ("moe_layer", "--k=17"), ("routing.k", "17", "16")),
     ("benchmark", ("moe_layer", "--experts=64"), ("--experts=64", "64x128")),
+    ("benchmark", ("decode", "--k=2", "--experts=4x8"), ("routing.k_max", "8", "4")),
     ("benchmark", ("decode", "--method=overflow"), ("overflow", "moe_layer")),
     ("benchmark", ("long_attention", "--k=2"), ("--k", "long_attention")),
     ("retrieval.study", ("--workdir=new", "--seeds=a"), ("--seeds=a", "number")),

@@ -79,7 +79,7 @@ def prepare(keep_memory: bool = True) -> None:
 def seeds(texts: list[str]) -> list[int]:
   """Returns the numbers of a `--seeds` flag; anything else is the user's mistake."""
   for text in texts:
-    if not text.isdigit():
+    if not text.isdecimal():
       raise UserError(f"--seeds={text}: wanted a number, or several: 0,1,2")
   return [int(text) for text in texts]
 

@@ -56,6 +56,7 @@ class Request:
       self._check_range("budget", *routing.budgets)
     if self.max_experts is not None:
       self._check_range("max_experts", max(routing.k_min, 1), _MOST)
+    self._check_range("stop_token", -1, vocab_size - 1)
     if not all(self.stop):
       raise UserError('stop="": wanted text')
 

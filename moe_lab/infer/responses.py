@@ -96,7 +96,7 @@ def read_prompts(path: Path) -> list[tuple[str, str, dict]]:
 def _from_json(place: str, line: str) -> tuple[str, dict]:
   try:
     fields = json.loads(line)
-  except ValueError as error:  # also of numbers that are too long
+  except (ValueError, RecursionError) as error:  # also of numbers that are too long, and of lists in lists
     raise UserError(f"{place}: not JSON ({error})") from None
   if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
     raise UserError(f'{place}: wanted an object with a text "prompt"')

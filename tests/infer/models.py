@@ -15,6 +15,11 @@ SMALL = dict(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, num_
 CONFIGS = {
   # Windows of 46, 319, 2210 and all.
   "windowed": (dict(num_kv_heads=4, num_heads=8, qk_bound=0.5), RoutingConfig(k_max=4, learner="value")),
+  # Windows of 120, 833, 5755 and all.
+  "windowed_interpolated": (
+    dict(num_kv_heads=4, num_heads=8, qk_bound=0.5, position_interpolation=2.5),
+    RoutingConfig(method="topk"),
+  ),
   "topk_rotary_dense": (
     dict(position="rotary", num_dense_layers=1, position_interpolation=3.0),
     RoutingConfig(method="topk"),

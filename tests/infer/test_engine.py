@@ -9,7 +9,7 @@ import pytest
 from moe_lab.errors import UserError
 from moe_lab.infer.engine import Engine
 from moe_lab.infer.request import Request
-from tests.infer.models import VOCAB, forward, make
+from tests.infer.models import CONFIGS, VOCAB, forward, make
 
 
 @functools.cache
@@ -31,7 +31,7 @@ def responses(served, requests):
   return made
 
 
-@pytest.mark.parametrize("name", ["windowed", "topk_rotary_dense"])
+@pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_greedy_decoding_equals_the_full_forward_pass(name):
   # Five requests on three slots; prompts end within a chunk and at its end, and responses wrap the first ring.
   requests = [Request(prompt(n, n), max_tokens=m) for n, m in ((1, 90), (16, 12), (33, 3), (13, 30), (100, 1))]
@@ -163,6 +163,7 @@ def test_an_engine_serves_on_after_a_break_and_after_a_refusal():
     (Request([1], budget=99), "budget=99: wanted a number from 1 to 4"),
     (Request([1], seed=-1), "seed=-1: wanted a number from 0"),
     (Request([1], stop=("",)), 'stop="": wanted text'),
+    (Request([1], stop_token=10**12), "stop_token=1000000000000: wanted a number from -1 to 39"),
   ],
 )
 def test_what_cannot_be_served_is_refused(request_, words):

@@ -42,6 +42,7 @@ def test_one_object_a_line(tmp_path):
     ('{"prompt": "a", "bugdet": 2}', "unknown field 'bugdet' .did you mean 'budget'"),
     ('{"prompt": "a", "seed": "x"}', "seed = 'x': wanted a number"),
     ('{"prompt": "a", "stop": ["b", null]}', "stop = .*: wanted text or a list of texts"),
+    ("[" * 100_000, "line 1: not JSON"),
     ('{"prompt": "a", "seed": ' + "1" * 5000 + "}", "line 1: not JSON"),
   ],
 )

@@ -10,8 +10,10 @@ many at a time; its responses go to a file of JSON lines. The result is the
 last line on stdout.
 """
 
+import contextlib
 import dataclasses
 import itertools
+import signal
 import sys
 import time
 from pathlib import Path
@@ -125,7 +127,9 @@ class _Model:
         budget=self.loaded.budget,
         decode=self.tokenizer.decode,
       )
-    except jax.errors.JaxRuntimeError:
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
       raise UserError(f"max_tokens: no room for {slots} x {capacity} tokens in memory; wanted fewer") from None
 
   def result(self, responses: list, engine, seconds: float) -> dict:
@@ -143,14 +147,28 @@ class _Model:
     }
 
 
-def _stream(model: _Model, engine, request, response) -> None:
-  """Writes a response to stderr as it comes, and adds it to `response`."""
+def _stream(model: _Model, engine, request, response, stopped=lambda: False) -> None:
+  """Writes a response to stderr as it comes, until it is `stopped`, and adds it to `response`."""
   in_colour = sys.stderr.isatty()
-  for _, token in engine.generate([request]):
-    response.add(token)
-    text = _coloured(token.text, token.experts, model.routing) if in_colour and token.text else token.text
-    print(text, end="", file=sys.stderr, flush=True)
+  with contextlib.closing(engine.generate([request])) as tokens:
+    for _, token in tokens:
+      response.add(token)
+      text = _coloured(token.text, token.experts, model.routing) if in_colour and token.text else token.text
+      print(text, end="", file=sys.stderr, flush=True)
+      if stopped():
+        break
   print(file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _counted_interrupts():
+  """Yields a list that Ctrl-C lengthens; as an exception it would hit the engine while its cache is given away."""
+  interrupts = []
+  before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+  try:
+    yield interrupts
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def _legend(model: _Model) -> None:
@@ -187,6 +205,7 @@ def _chat(model: _Model) -> dict:
     raise UserError(f"--context={FLAGS.context}: wanted more than --max_tokens={FLAGS.max_tokens}")
   engine = model.engine(1, FLAGS.context, steps=4)
   _legend(model)
+  sys.stdin.reconfigure(errors="surrogateescape")  # so that `tokens` has the word on what is not UTF-8
   said, responses, seconds = model.tokens(FLAGS.prompt), [], 0.0
   for turn in itertools.count():
     try:
@@ -196,13 +215,15 @@ def _chat(model: _Model) -> dict:
       break
     if not line:
       break
-    said += model.tokens(line)[1:]
+    try:
+      said += model.tokens(line)[1:]
+    except UserError as error:
+      print(f"error: {error}", file=sys.stderr)
+      continue
     request = model.request(said[-(FLAGS.context - FLAGS.max_tokens) :], seed=FLAGS.seed + turn)
     started, response = time.monotonic(), Response()
-    try:
-      _stream(model, engine, request, response)
-    except KeyboardInterrupt:
-      print(file=sys.stderr)
+    with _counted_interrupts() as interrupts:
+      _stream(model, engine, request, response, stopped=lambda: bool(interrupts))
     responses.append(response)
     seconds += time.monotonic() - started
     said += model.tokens(response.text + "\n")[1:]  # without a stop string, which nobody has seen

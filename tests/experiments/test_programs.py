@@ -47,7 +47,13 @@ def program(folder: Path, name: str, *arguments: str, text: str = "") -> subproc
   return subprocess.run(
     [sys.executable, "-m", f"experiments.{name}", *arguments],
     cwd=folder,
-    env={"PATH": "/usr/bin:/bin", "HOME": str(folder), "PYTHONPATH": str(ROOT), "MOE_LAB_CACHE": str(folder / "cache")},
+    env={
+      "PATH": "/usr/bin:/bin",
+      "HOME": str(folder),
+      "PYTHONPATH": str(ROOT),
+      "MOE_LAB_CACHE": str(folder / "cache"),
+      "JAX_PLATFORMS": "cpu",  # libtpu, installed for `tpu_compile`, looks for a TPU and complains on stderr
+    },
     capture_output=True,
     input=text,
     text=True,

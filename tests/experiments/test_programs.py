@@ -155,6 +155,7 @@ TEXT = ("--config.data.sources=text:text", "--workdir=new")
     ("benchmark", ("decode", "--method=overflow"), ("overflow", "moe_layer")),
     ("benchmark", ("long_attention", "--k=2"), ("--k", "long_attention")),
     ("retrieval.study", ("--workdir=new", "--seeds=a"), ("--seeds=a", "number")),
+    ("retrieval.study", ("--workdir=new", "--seeds=\u00b2"), ("--seeds=", "number")),
     ("retrieval.study", ("--workdir=new", "--longest=100"), ("--longest=100", "1024")),
     ("difficulty.study", ("--config=configs/difficulty.py", "--workdir=new", "--seeds=1,a"), ("--seeds=a", "number")),
   ],

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "binding.h"
 #include "gemm.h"
 #include "parallel.h"
 
@@ -325,34 +326,5 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats s
 }  // namespace
 }  // namespace moe_lab
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_lab_attention_forward, moe_lab::forward,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Ints>()
-                                  .Arg<moe_lab::Ints>()
-                                  .Arg<moe_lab::Ints>()
-                                  .Arg<moe_lab::Ints>()
-                                  .Ret<moe_lab::Floats>()
-                                  .Ret<moe_lab::Floats>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_lab_attention_backward, moe_lab::backward,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Ints>()
-                                  .Arg<moe_lab::Ints>()
-                                  .Arg<moe_lab::Ints>()
-                                  .Arg<moe_lab::Ints>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Ret<moe_lab::Floats>()
-                                  .Ret<moe_lab::Floats>()
-                                  .Ret<moe_lab::Floats>());
+MOE_LAB_KERNEL(attention_forward, forward);
+MOE_LAB_KERNEL(attention_backward, backward);

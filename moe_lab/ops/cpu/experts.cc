@@ -12,6 +12,7 @@
 #include <numeric>
 #include <vector>
 
+#include "binding.h"
 #include "gemm.h"
 #include "parallel.h"
 
@@ -332,29 +333,5 @@ ffi::Error backward(ffi::ThreadPool pool, Floats x_TD, Floats gate_EDF, Floats u
 }  // namespace
 }  // namespace moe_lab
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_lab_experts_forward, moe_lab::forward,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Ints>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Ret<moe_lab::Floats>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_lab_experts_backward, moe_lab::backward,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Ints>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Ret<moe_lab::Floats>()
-                                  .Ret<moe_lab::Floats>()
-                                  .Ret<moe_lab::Floats>()
-                                  .Ret<moe_lab::Floats>()
-                                  .Ret<moe_lab::Floats>());
+MOE_LAB_KERNEL(experts_forward, forward);
+MOE_LAB_KERNEL(experts_backward, backward);

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "binding.h"
 #include "gemm.h"
 #include "parallel.h"
 
@@ -16,12 +17,26 @@ namespace {
 
 constexpr int64_t kSmall = 1 << 16;  // products below which waking a thread takes longer than the work
 
+// to[n * stride] = x[n] . w for kCount rows of x; w is read once.
+template <int kCount>
+inline void dots(const float* x, const float* w, int64_t D, float* to, int64_t stride) {
+  Vec sums[kCount] = {};
+  int64_t d = 0;
+  for (; d + kLanes <= D; d += kLanes) {
+    const Vec right = load(w + d);
+#pragma GCC unroll 8
+    for (int n = 0; n < kCount; ++n) sums[n] += load(x + n * D + d) * right;
+  }
+  for (int n = 0; n < kCount; ++n) {
+    float total = sum(sums[n]);
+    for (int64_t rest = d; rest < D; ++rest) total += x[n * D + rest] * w[rest];
+    to[n * stride] = total;
+  }
+}
+
 inline float dot(const float* a, const float* b, int64_t n) {
-  Vec sums{};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sums += load(a + i) * load(b + i);
-  float total = i ? sum(sums) : 0.0f;
-  for (; i < n; ++i) total += a[i] * b[i];
+  float total;
+  dots<1>(a, b, n, &total, 1);
   return total;
 }
 
@@ -94,23 +109,6 @@ ffi::Error attention_step(ffi::ThreadPool pool, Floats q_BNH, Floats k_BWMH, Flo
   return ffi::Error::Success();
 }
 
-// to[n * stride] = x[n] . w for kCount rows of x; w is read once.
-template <int kCount>
-inline void dots(const float* x, const float* w, int64_t D, float* to, int64_t stride) {
-  Vec sums[kCount] = {};
-  int64_t d = 0;
-  for (; d + kLanes <= D; d += kLanes) {
-    const Vec right = load(w + d);
-#pragma GCC unroll 8
-    for (int n = 0; n < kCount; ++n) sums[n] += load(x + n * D + d) * right;
-  }
-  for (int n = 0; n < kCount; ++n) {
-    float total = sum(sums[n]);
-    for (int64_t rest = d; rest < D; ++rest) total += x[n * D + rest] * w[rest];
-    to[n * stride] = total;
-  }
-}
-
 ffi::Error logits_step(ffi::ThreadPool pool, Floats x_TD, Floats w_VD, ffi::Result<Floats> y_TV) {
   constexpr int64_t kWords = 128;  // that a thread takes at a time
   const int64_t T = x_TD.dimensions()[0], D = x_TD.dimensions()[1], V = w_VD.dimensions()[0];
@@ -129,20 +127,5 @@ ffi::Error logits_step(ffi::ThreadPool pool, Floats x_TD, Floats w_VD, ffi::Resu
 }  // namespace
 }  // namespace moe_lab
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_lab_logits_step, moe_lab::logits_step,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Ret<moe_lab::Floats>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_lab_attention_step, moe_lab::attention_step,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Floats>()
-                                  .Arg<moe_lab::Ints>()
-                                  .Arg<moe_lab::Ints>()
-                                  .Ret<moe_lab::Floats>());
+MOE_LAB_KERNEL(attention_step, attention_step);
+MOE_LAB_KERNEL(logits_step, logits_step);

@@ -7,8 +7,6 @@ Heads and bound (`SHAPE`) are those of the 50B preset, with one query head a KV 
 
 import dataclasses
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import results
+from benchmarks.worker import own_stdout, resident
 from configs import medium_50b
 from moe_lab.config.program import keep_freed_memory
 from moe_lab.config.resolve import resolve
@@ -99,7 +98,7 @@ def measure(row: Row) -> dict:
     out, back = jax.vjp(attended, q, k, v)
     return out, back(d_out)
 
-  start = _resident()
+  start = resident()
 
   @jax.jit
   def inputs(key):
@@ -109,18 +108,14 @@ def measure(row: Row) -> dict:
 
   q, k, v = jax.block_until_ready(inputs(jax.random.key(0)))
   forward_seconds = _time(attended, (q, k, v), row.runs)
-  forward_bytes = _resident() - start
+  forward_bytes = resident() - start
   both_seconds = _time(both, (q, k, v, v), row.runs)  # any array of that shape is a gradient
   return {
     "forward_seconds": forward_seconds,
     "both_seconds": both_seconds,
     "forward_bytes": forward_bytes,
-    "both_bytes": _resident() - start,
+    "both_bytes": resident() - start,
   }
-
-
-def _resident() -> int:
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _time(function: Callable, arguments: tuple, runs: int) -> float:
@@ -275,6 +270,5 @@ def _caches(found: dict) -> str:
 
 
 if __name__ == "__main__":
-  answers = os.fdopen(os.dup(1), "w")  # what libraries print must not come between
-  os.dup2(2, 1)
+  answers = own_stdout()
   print(json.dumps(measure(Row(**json.loads(sys.argv[1])))), file=answers)

@@ -15,6 +15,7 @@ import os
 import resource
 import sys
 import time
+from typing import TextIO
 
 from benchmarks.case import Case
 from benchmarks.work import Work
@@ -49,9 +50,16 @@ class Contender:
     )
 
 
-def _resident() -> int:
+def resident() -> int:
   """Returns the most bytes of main memory this process held so far."""
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def own_stdout() -> TextIO:
+  """Returns stdout for answers alone: what libraries print goes to stderr from here on."""
+  answers = os.fdopen(os.dup(1), "w")
+  os.dup2(2, 1)
+  return answers
 
 
 def _time(work: Work, runs: int) -> list[float]:
@@ -65,15 +73,14 @@ def _time(work: Work, runs: int) -> list[float]:
 
 def main() -> None:
   """Serves one contender, given as JSON in the first argument."""
-  answers = os.fdopen(os.dup(1), "w")  # what libraries print must not come between
-  os.dup2(2, 1)
+  answers = own_stdout()
   given = json.loads(sys.argv[1])
   contender = Contender(**given | {"case": Case(**given["case"])})
   # As our programs do, which all but `generate` keep what is freed.
   if contender.keep_memory or (contender.side == "ours" and contender.benchmark != "decode"):
     keep_freed_memory()
   side = importlib.import_module(f"benchmarks.{contender.side}")
-  before, started = _resident(), time.perf_counter()
+  before, started = resident(), time.perf_counter()
   work = side.BENCHMARKS[contender.benchmark](contender.case, contender.variant)
   work.run()  # compiles
 
@@ -90,7 +97,7 @@ def main() -> None:
       product.run()
       answer(flops_per_second=product.report()["flops"] / min(_time(product, 8)))
     else:
-      peak = side.memory() or _resident() - before
+      peak = side.memory() or resident() - before
       answer(peak_bytes=peak, **work.report())
       return
 

@@ -24,7 +24,8 @@ from moe_lab.ops.grouped_mlp import ExpertWeights, expert_of_row, grouped_mlp
 from moe_lab.ops.rows import cut, gate_of_row, lay_out, sort_by_expert, to_rows, to_tokens
 
 AXIS = "expert"
-TOKENS = P(("data", AXIS))  # of the leading axis: tokens, or a batch's sequences
+AXES = ("data", AXIS)
+TOKENS = P(AXES)  # of the leading axis: tokens, or a batch's sequences
 
 
 def platform(mesh: Mesh | None) -> str:

@@ -14,9 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_lab.ops.attention import attention
-from moe_lab.sharding.expert import AXIS
-
-AXES = ("data", AXIS)
+from moe_lab.sharding.expert import AXES, TOKENS
 
 
 def tokens_spec(mesh: Mesh | None, batch: int, length: int) -> P:
@@ -24,7 +22,7 @@ def tokens_spec(mesh: Mesh | None, batch: int, length: int) -> P:
   if mesh is None or mesh.size == 1:
     return P()
   if batch % mesh.size == 0:
-    return P(AXES)
+    return TOKENS
   return P(None, AXES) if length % mesh.size == 0 else P()
 
 

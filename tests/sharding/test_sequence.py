@@ -1,11 +1,8 @@
 """Attention on several devices computes what one does; run in a process of its own, which has four CPU devices."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.sharding import four_devices
 
 _CHECKS = """
 import functools
@@ -71,7 +68,4 @@ print("all equal")
 
 @pytest.mark.slow
 def test_attention_on_four_devices_is_that_of_one():
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-  root = Path(__file__).parents[2]
-  done = subprocess.run([sys.executable, "-c", _CHECKS], cwd=root, env=environment, capture_output=True, text=True)
-  assert done.stdout.strip() == "all equal", done.stderr[-4000:]
+  four_devices.run(_CHECKS)

@@ -1,0 +1,14 @@
+"""Checks that want several devices: in a process of their own, since jax counts its devices once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run(checks: str) -> None:
+  """Runs a script on four CPU devices; it ends by printing "all equal"."""
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  root = Path(__file__).parents[2]
+  done = subprocess.run([sys.executable, "-c", checks], cwd=root, env=environment, capture_output=True, text=True)
+  assert done.stdout.strip() == "all equal", done.stderr[-4000:]

@@ -72,12 +72,8 @@ def main(config: Config, workdir: Path) -> dict:
   for seed in program.seeds(FLAGS.seeds):
     for arm in ARMS:
       folder = workdir / f"{arm}-{seed}"
-      arm_config = dataclasses.replace(
-        config,
-        routing=dataclasses.replace(config.routing, policy_input=arm),
-        train=dataclasses.replace(config.train, seed=seed),
-        data=dataclasses.replace(config.data, seed=seed),
-      )
+      arm_routing = dataclasses.replace(config.routing, policy_input=arm)
+      arm_config = dataclasses.replace(config, routing=arm_routing).with_seed(seed)
       trained = train(arm_config, folder, program.cache_dir(), sys.argv)
       splits = _evaluate_arm(folder)
       runs.append({"arm": arm, "seed": seed, "mean_experts_in_training": trained["mean_experts"], **splits})

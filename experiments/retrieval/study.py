@@ -9,7 +9,6 @@ kept in the run's folder. Table and curves go to WORKDIR/study.html and study.js
 the last line on stdout is the JSON result.
 """
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -51,9 +50,7 @@ def main(workdir: Path) -> dict:
   for arm, config in configs.items():
     for seed in seeds:
       folder = workdir / f"{arm}-{seed}"
-      seeded = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, seed=seed), data=dataclasses.replace(config.data, seed=seed)
-      )
+      seeded = config.with_seed(seed)
       trained = train(seeded, folder, program.cache_dir(), sys.argv)
       runs.append(
         {"arm": arm, "seed": seed, "val_loss": trained["val_loss"], "asked": _asked(folder, seeded.data.seq_len)}

@@ -371,6 +371,11 @@ class Config:
   data: DataConfig = DataConfig()
   train: TrainConfig = TrainConfig()
 
+  def with_seed(self, seed: int) -> "Config":
+    """Returns the same run with another seed: of parameters and draws, and of the data's order."""
+    train, data = dataclasses.replace(self.train, seed=seed), dataclasses.replace(self.data, seed=seed)
+    return dataclasses.replace(self, train=train, data=data)
+
   def __post_init__(self):
     slots_field = "routing.k" if self.routing.fixed else "routing.k_max"
     if self.routing.slots > self.model.num_experts:

@@ -129,6 +129,7 @@ class Engine:
     self._waiting: collections.deque[_Serving] = collections.deque()
     self._serving: list[_Serving | None] = [None] * slots
     self._next_ticket = 0
+    self._generating = False
 
   @property
   def cache_bytes(self) -> int:
@@ -153,6 +154,8 @@ class Engine:
 
   def submit(self, request: Request) -> int:
     """Queues a request; returns its ticket, by which `step` names it. Raises as `check`."""
+    if self._generating:
+      raise ValueError("`generate` serves its own requests only; with more to come: `submit` and `step`")
     self.check(request)
     ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
     stream = self._decode_text and TextStream(self._decode_text, request.stop, request.prompt)
@@ -192,11 +195,13 @@ class Engine:
     for request in requests:
       self.check(request)
     index_of = {self.submit(request): index for index, request in enumerate(requests)}
+    self._generating = True
     try:
       while self.busy:
         for ticket, token in self.step():
           yield index_of[ticket], token
     finally:
+      self._generating = False
       # What decoding finds in a slot that serves nobody it leaves alone.
       self._waiting.clear()
       self._serving = [None] * self.slots

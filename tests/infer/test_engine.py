@@ -140,6 +140,8 @@ def test_an_engine_serves_on_after_a_break_and_after_a_refusal():
   [whole] = responses(served, [request])
   begun = served.generate([request, Request(prompt(4), 5)])
   next(begun)
+  with pytest.raises(ValueError, match="`submit` and `step`"):
+    served.submit(request)
   begun.close()
   with pytest.raises(UserError, match="max_tokens=999"):
     next(served.generate([request, Request([1], max_tokens=999)]))

@@ -33,17 +33,12 @@ TOP_P_LOSSES = {
   "routing.load_balance_weight": 1e-4, "routing.z_loss_weight": 0.0, "routing.entropy_loss_weight": 1e-3
 }  # fmt: skip
 AT_A_BUDGET = {"random": ("random_k", {}), "top-p-pi": ("top_p_pi", TOP_P_LOSSES), "null": ("null_experts", {})}
-# Where a method leaves the gates open, what did best for it on tuning corpora (LOG.md); standardised logits for all.
-GATE = {"routing.gate": "softmax_unit", "routing.standardise": True}
-FIXED_GATE = {"routing.gate": "softmax_chosen", "routing.standardise": True}
-SWITCH_GATE = {"routing.gate": "softmax_all", "routing.standardise": True}
-OPEN_GATES = ("topk", "dynamic", "random_k", "entropy_rule")
 # The counts that our policy gives at two experts, on average over layers and seeds of the tuning corpus.
 OUR_SHARES = (0.42, 0.28, 0.19, 0.10, 0.01, 0.0, 0.0, 0.0)
 # How else the count policy can learn; the default is what measured best.
 LEARNERS = ("leave_one_out", "greedy", "value", "none", "straight_through", "ppo")
 # The rest of the laboratory; where a method has no budget, its own setting decides the mean.
-SIGMOID = {"routing.method": "topk", "routing.gate": "sigmoid"}
+SIGMOID = {"routing.method": "topk", "routing.gate": "sigmoid", "routing.standardise": False}
 OTHERS = {
   "sigmoid": SIGMOID,
   "loss-free-bias": SIGMOID | {"routing.bias_update_rate": 0.001, "routing.load_balance_weight": 0.0},
@@ -54,7 +49,7 @@ OTHERS = {
   "remoe": {"routing.method": "relu"} | NO_LOSSES,
   "expert-threshold": {"routing.method": "expert_threshold", "routing.k_min": 0} | NO_LOSSES,
   "expert-choice": {"routing.method": "expert_choice"} | NO_LOSSES,
-  "sequence-topk": {"routing.method": "sequence_topk"} | GATE,
+  "sequence-topk": {"routing.method": "sequence_topk"},
 }
 
 
@@ -65,7 +60,7 @@ def fixed(counts, **notes):
     for k in counts
     for run in axis(
       "arm",
-      {f"topk-{k}": {"routing.method": "topk", "routing.k": k} | (FIXED_GATE if k > 1 else SWITCH_GATE)},
+      {f"topk-{k}": {"routing.method": "topk", "routing.k": k}},
       role="fixed", family="fixed k", budget=str(k), k=str(k), **notes,
     )
   ]  # fmt: skip
@@ -73,7 +68,6 @@ def fixed(counts, **notes):
 
 def at_budget(name, method, budget, role, fields=None, **notes):
   overrides = {"routing.method": method, "routing.budget": float(budget)} | (fields or {})
-  overrides |= GATE if method in OPEN_GATES else {}
   return axis("arm", {f"{name}-{budget}": overrides}, role=role, family=name, budget=str(budget), **notes)
 
 
@@ -99,7 +93,7 @@ def simple(budget):
 def learners(budget, steps):
   """The count policy's learners side by side. Those with a second rollout train on a quarter more."""
   notes = {"role": "other", "budget": str(budget)}
-  ours = {"routing.method": "dynamic", "routing.budget": float(budget)} | GATE
+  ours = {"routing.method": "dynamic", "routing.budget": float(budget)}
   fields = {name: ours | {"routing.learner": name} for name in LEARNERS}
   # Its policy learns on a frozen model: most of the steps train that.
   fields["ppo"] |= {"routing.warmup_steps": round(0.8 * steps)}
@@ -115,8 +109,8 @@ def conditioned():
 def with_dropout():
   """Item 4: what dropping the busier experts in training does to the load, and to the loss without any one of them."""
   share = {"routing.expert_dropout": 0.125}
-  fixed_2 = {"routing.method": "topk", "routing.k": 2} | share | FIXED_GATE
-  ours_2 = {"routing.method": "dynamic", "routing.budget": 2.0} | share | GATE
+  fixed_2 = {"routing.method": "topk", "routing.k": 2} | share
+  ours_2 = {"routing.method": "dynamic", "routing.budget": 2.0} | share
   notes = {"role": "other", "budget": "2", "removal": "yes"}
   return axis("arm", {"topk-2-dropout": fixed_2}, family="fixed k, dropout", **notes) + axis(
     "arm", {"dynamic-2-dropout": ours_2}, family="dynamic, dropout", **notes

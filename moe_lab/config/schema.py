@@ -136,10 +136,11 @@ class RoutingConfig:
   entropy_floor: float = 0.6  # share of the untrained policy's entropy that the policy's mean entropy is kept above
   credit_discount: float = 0.5  # share of the next token's loss that is credited one token back
   lambda_min: float = 0.002  # at_most: the least price of an expert, in nats per expert
-  # Where the method leaves a choice: softmax_chosen | softmax_all (Switch) | softmax_unit (of length one) | sigmoid.
-  gate: str = "softmax_chosen"
+  # Where the method leaves a choice: softmax_chosen | softmax_all (Switch) | softmax_unit (of length one) | sigmoid |
+  # auto, what did best: softmax_unit where the count varies, else softmax_chosen, and softmax_all for k = 1.
+  gate: str = "auto"
   # There too: router logits are standardised over the experts, times a learned factor (DTop-p, arXiv 2512.13996).
-  standardise: bool = False
+  standardise: bool = True
   expert_groups: int = 1  # groups that the experts are divided into (group-limited routing) ...
   groups_kept: int = 1  # ... and how many of them, the best ones, are open to a token
   count_shares: tuple[float, ...] = ()  # random_k: chance of each count k_min..k_max; (): most entropy with that mean
@@ -168,11 +169,9 @@ class RoutingConfig:
     _check_choice("routing.learner", self.learner, learners)
     _check_range("routing.second_rollouts", self.second_rollouts, 0, 1, open_low=self.learner in _TWO_ROLLOUTS)
     _check_range("routing.warmup_steps", self.warmup_steps, 0)
-    _check_choice("routing.gate", self.gate, ("softmax_chosen", "softmax_all", "softmax_unit", "sigmoid"))
-    if self.method not in _SLOT_GATES and self.gate != "softmax_chosen":
-      raise ConfigError("routing.gate", self.gate, f"softmax_chosen: the method {self.method} has gates of its own")
-    if self.method not in _SLOT_GATES and self.standardise:
-      raise ConfigError("routing.standardise", True, f"False: the method {self.method} has logits of its own")
+    _check_choice("routing.gate", self.gate, ("auto", "softmax_chosen", "softmax_all", "softmax_unit", "sigmoid"))
+    if self.method not in _SLOT_GATES and self.gate != "auto":
+      raise ConfigError("routing.gate", self.gate, f"auto: the method {self.method} has gates of its own")
     _check_range("routing.expert_groups", self.expert_groups, 1)
     _check_range("routing.groups_kept", self.groups_kept, 1, self.expert_groups)
     self._check_budget_range()
@@ -225,6 +224,21 @@ class RoutingConfig:
   def fixed(self) -> bool:
     """Whether every token takes exactly k; all other methods aim at the budget."""
     return self.method == "topk"
+
+  @property
+  def slot_gate(self) -> str:
+    """How a token's gates follow from its logits, where `gate` may be auto."""
+    if self.gate != "auto":
+      return self.gate
+    if not self.fixed:
+      return "softmax_unit"
+    # Of one expert's gate over itself nothing can be learnt.
+    return "softmax_chosen" if self.k > 1 else "softmax_all"
+
+  @property
+  def standardised(self) -> bool:
+    """Whether router logits are standardised; methods with gates of their own have logits of their own."""
+    return self.standardise and self.method in _SLOT_GATES
 
   @property
   def learns_counts(self) -> bool:

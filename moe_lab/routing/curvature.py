@@ -124,7 +124,7 @@ class CurvatureValued(Router):
       count_T = first_stop(jax.random.uniform(jax.random.fold_in(context.key, 0), going_on_TS.shape) < going_on_TS)
     count_T = replayed(count_T, context)
 
-    assignment = assign(logits_TE, expert_TK, count_T, context.mask_T, self.config.gate)
+    assignment = assign(logits_TE, expert_TK, count_T, context.mask_T, self.config.slot_gate)
     slot_K = jnp.arange(k_max)
     last_TK = (slot_K == count_T[:, None] - 1) & (slot_K >= k_min) & context.mask_T[:, None]
     log_value_TK = jnp.pad(START + above_TS, ((0, 0), (k_min, 0)))
@@ -146,13 +146,13 @@ class CurvatureValued(Router):
     log_gate_TK = take(jax.nn.log_softmax(logits_TE, axis=-1), expert_TK) + np.log(logits_TE.shape[1])
     log_gate_TK = jax.lax.stop_gradient(log_gate_TK)
     features = jnp.concatenate([features, log_gate_TK], axis=1)
-    if self.config.gate == "softmax_unit":  # an expert's gate if it is the last, which is when it is asked about
+    if self.config.slot_gate == "softmax_unit":  # an expert's gate if it is the last, which is when it is asked about
       log_gate_TK = log_gate_TK - 0.5 * jnp.log(jnp.cumsum(jnp.exp(2 * log_gate_TK), axis=1))
     return head(parameters, "policy", features) + 2 * log_gate_TK[:, self.config.k_min :]
 
   def _growth(self, gate_TK: jax.Array) -> jax.Array:
     """Returns by how many times a token's other gates grow where an expert is left out: see `observe_value`."""
-    if self.config.gate != "softmax_unit":
+    if self.config.slot_gate != "softmax_unit":
       return jnp.ones_like(gate_TK)
     return jax.lax.rsqrt(jnp.maximum(1 - jnp.square(jax.lax.stop_gradient(gate_TK)), LEAST_REST))
 

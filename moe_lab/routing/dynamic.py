@@ -104,7 +104,7 @@ class Dynamic(Router):
       greedy_count_T=greedy_T.astype(jnp.float32),
       value_T=head(parameters, "value", features)[:, 0] if self.config.learner in WITH_VALUE_HEAD else None,
     )
-    assignment = assign(logits_TE, expert_TK, count_T, context.mask_T, self.config.gate)
+    assignment = assign(logits_TE, expert_TK, count_T, context.mask_T, self.config.slot_gate)
     if self.config.learner == "straight_through" and context.key is not None:
       learning = context.state.method["steps"] >= self.config.warmup_steps
       assignment = with_soft_count(assignment, log_prob_TA + noise_TA, k_min, learning)

@@ -40,7 +40,7 @@ class EntropyRule(Router):
     level = at(state["level"], context.budget_T, self.config)
     count_T = entropy_count(entropy_T, state["entropy"], state["entropy_square"], level)
     count_T = replayed(jnp.clip(count_T, self.config.k_min, self.config.k_max), context)
-    assignment = assign(logits_TE, self.ranked(logits_TE, context), count_T, context.mask_T, self.config.gate)
+    assignment = assign(logits_TE, self.ranked(logits_TE, context), count_T, context.mask_T, self.config.slot_gate)
     mask_T = context.mask_T.astype(jnp.float32)
     sums = {"entropy": mask_T @ entropy_T, "entropy_square": mask_T @ jnp.square(entropy_T)}
     return assignment, self.stats(logits_TE, assignment, context, sums=sums)

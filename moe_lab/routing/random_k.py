@@ -44,5 +44,5 @@ class RandomK(Router):
     else:
       uniform_T = hash_uniform(x_TD)
     count_T = k_min + (uniform_T[:, None] >= jnp.cumsum(share_TA, axis=1)[:, :-1]).sum(-1)
-    assignment = assign(logits_TE, expert_TK, replayed(count_T, context), context.mask_T, self.config.gate)
+    assignment = assign(logits_TE, expert_TK, replayed(count_T, context), context.mask_T, self.config.slot_gate)
     return assignment, self.stats(logits_TE, assignment, context)

@@ -37,7 +37,7 @@ class Router:
 
   def parameters(self, model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]:
     """Names the parameters of one layer: shape and standard deviation at the start (0: zeros)."""
-    scale = {"log_scale": ((1,), 0.0)} if self.config.standardise else {}
+    scale = {"log_scale": ((1,), 0.0)} if self.config.standardised else {}
     return {"router_DE": ((model.dim, model.num_experts), model.dim**-0.5)} | scale
 
   def __call__(
@@ -49,7 +49,7 @@ class Router:
   def logits(self, parameters: dict[str, jax.Array], x_TD: jax.Array) -> jax.Array:
     """Returns logits_TE, float32; `standardised` where the configuration says so."""
     logits_TE = router_logits(x_TD, parameters["router_DE"])
-    return standardised(logits_TE, parameters["log_scale"]) if self.config.standardise else logits_TE
+    return standardised(logits_TE, parameters["log_scale"]) if self.config.standardised else logits_TE
 
   def eligible(self, score_TE: jax.Array, context: RouterContext) -> jax.Array:
     """Returns what the choice of experts goes by; see `eligible_scores`."""
@@ -58,7 +58,7 @@ class Router:
 
   def ranked(self, logits_TE: jax.Array, context: RouterContext) -> jax.Array:
     """Returns expert_TK: each token's best experts in order, by logit, or by sigmoid score where that is the gate."""
-    score_TE = jax.nn.sigmoid(logits_TE) if self.config.gate == "sigmoid" else logits_TE
+    score_TE = jax.nn.sigmoid(logits_TE) if self.config.slot_gate == "sigmoid" else logits_TE
     return best(self.eligible(score_TE, context), self.config.slots, context)
 
   def stats(
@@ -71,7 +71,7 @@ class Router:
   ) -> RouterStats:
     """Returns the layer's statistics."""
     balance_TE = None
-    if self.config.gate == "sigmoid":
+    if self.config.slot_gate == "sigmoid":
       score_TE = jax.nn.sigmoid(logits_TE)
       balance_TE = score_TE / score_TE.sum(-1, keepdims=True)
     num_sequences = context.num_sequences if self.config.balance_scope == "sequence" else None

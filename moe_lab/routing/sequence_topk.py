@@ -33,5 +33,5 @@ class SequenceTopK(Router):
     score_TK = jnp.where(context.mask_T[:, None], jax.lax.stop_gradient(score_TK), -1.0)
     total_B = jnp.round((context.budget_T * context.mask_T).reshape(rows, -1).sum(1)).astype(jnp.int32)
     count_T = counts_of_best(score_TK.reshape(rows, -1), total_B, slots)
-    assignment = assign(logits_TE, expert_TK, replayed(count_T, context), context.mask_T, self.config.gate)
+    assignment = assign(logits_TE, expert_TK, replayed(count_T, context), context.mask_T, self.config.slot_gate)
     return assignment, self.stats(logits_TE, assignment, context)

@@ -29,9 +29,9 @@ def test_parameters():
   assert attention == 32 * 4096 * 128 * (2 * 32 + 2 * 8)  # queries and output of 32 heads, keys and values of 8
   # Two embeddings of 65,536 tokens; routers, policies and gains are the other 5.6 M.
   assert 5e6 < total - experts - attention - 2 * 65_536 * 4096 < 6e6
-  assert total == 50_202_951_936
+  assert total == 50_202_951_968
   at_most = total - experts + experts * CONFIG.routing.k_max // MODEL.num_experts
-  assert at_most == 13_964_165_376
+  assert at_most == 13_964_165_408
   assert 45e9 <= total <= 60e9 and 12e9 <= at_most <= 15e9
   assert CONFIG.routing.k_max == 8 and CONFIG.routing.method == "dynamic"
   at_budget = total - experts * (1 - CONFIG.routing.budget / MODEL.num_experts)

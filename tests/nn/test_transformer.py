@@ -24,7 +24,9 @@ CONFIGS = {
 
 
 def make(name="dynamic", routing=None, **model):
-  routing = routing or (RoutingConfig(method="topk") if name.startswith("topk") else RoutingConfig(k_max=4))
+  # Under gates of length one an untrained threshold leaves every token one expert.
+  dynamic = RoutingConfig(k_max=4, gate="softmax_all")
+  routing = routing or (RoutingConfig(method="topk") if name.startswith("topk") else dynamic)
   return Config(ModelConfig(**SMALL | CONFIGS[name] | model), routing, DataConfig(vocab_size=VOCAB, seq_len=LENGTH))
 
 

@@ -37,8 +37,19 @@ def test_gates_of_length_one():
   np.testing.assert_array_equal(gradient, 0)
 
 
+def test_auto_is_the_gate_that_did_best_for_the_method():
+  kinds = {
+    "softmax_chosen": dict(method="topk", k=2),
+    "softmax_all": dict(method="topk", k=1),
+    "softmax_unit": dict(method="dynamic"),
+    "sigmoid": dict(method="dynamic", gate="sigmoid"),
+  }
+  assert {RoutingConfig(**fields).slot_gate: fields for fields in kinds.values()} == kinds
+  assert RoutingConfig(method="random_k").standardised and not RoutingConfig(method="relu").standardised
+
+
 def test_standardised_logits_do_not_grow_with_the_hidden_state(make_context):
-  router = TopK(RoutingConfig(method="topk", k=2, standardise=True))
+  router = TopK(RoutingConfig(method="topk", k=2))
   shapes = router.parameters(ModelConfig(dim=4, num_experts=4))
   assert shapes["log_scale"] == ((1,), 0.0)
   parameters = {"router_DE": jnp.eye(4), "log_scale": jnp.log(jnp.asarray([3.0]))}
@@ -51,7 +62,7 @@ def test_standardised_logits_do_not_grow_with_the_hidden_state(make_context):
 
 def test_switch_learns_through_its_one_gate_and_the_softmax_over_one_does_not(make_context):
   def gate(router_DE, kind):
-    router = TopK(RoutingConfig(method="topk", k=1, gate=kind))
+    router = TopK(RoutingConfig(method="topk", k=1, gate=kind, standardise=False))
     return router({"router_DE": router_DE}, LOGITS, make_context(2, 4, dim=4))[0].gate_TK[0].sum()
 
   # dp/dl = p (1 - p) = 8/15 * 7/15 for its own logit, which is x @ column 3.
@@ -61,7 +72,7 @@ def test_switch_learns_through_its_one_gate_and_the_softmax_over_one_does_not(ma
 
 
 def test_a_sigmoid_router_is_balanced_by_its_own_scores(make_context):
-  router = TopK(RoutingConfig(method="topk", k=1, gate="sigmoid"))
+  router = TopK(RoutingConfig(method="topk", k=1, gate="sigmoid", standardise=False))
   _, stats = router({"router_DE": jnp.eye(4)}, LOGITS[:1], make_context(1, 4, dim=4))
   score = np.array([1 / 2, 2 / 3, 4 / 5, 8 / 9])
   np.testing.assert_allclose(stats.prob_sum_E, score / score.sum(), rtol=1e-5)
@@ -76,7 +87,7 @@ def test_groups_by_hand(make_context):
   score_TE = jnp.asarray([[9.0, 0, 5, 5, 6, 1]])
   np.testing.assert_array_equal(in_best_groups(score_TE, 3, 1), [[0, 0, 1, 1, 0, 0]])
   np.testing.assert_array_equal(in_best_groups(score_TE, 3, 2), [[1, 1, 1, 1, 0, 0]])
-  router = TopK(RoutingConfig(method="topk", k=2, expert_groups=3, groups_kept=1))
+  router = TopK(RoutingConfig(method="topk", k=2, expert_groups=3, groups_kept=1, standardise=False))
   assignment, _ = router({"router_DE": jnp.eye(6)}, score_TE, make_context(1, 6, dim=6))
   assert set(np.asarray(assignment.expert_TK[0])) == {2, 3}
 
@@ -87,7 +98,6 @@ def test_groups_by_hand(make_context):
     (dict(expert_groups=3), "expert_groups.*divisor"),
     (dict(expert_groups=4, groups_kept=1, k_max=8), "groups_kept.*at least routing.k_max = 8"),
     (dict(expert_groups=4, groups_kept=3, expert_dropout=0.1), "expert_dropout.*0 with"),
-    (dict(method="relu", standardise=True), "standardise.*has logits of its own"),
     (dict(groups_kept=2), "groups_kept.*at most 1"),
     (dict(method="top_p", gate="sigmoid"), "routing.gate.*gates of its own"),
   ],

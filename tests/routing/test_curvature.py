@@ -13,7 +13,8 @@ from moe_lab.routing.curvature import START, CurvatureValued, even_odds, observe
 from moe_lab.routing.registry import make_router
 from moe_lab.routing.selection import assign
 
-CONFIG = RoutingConfig(learner="curvature", k_max=4, warmup_steps=10)
+# Gates that don't depend on the count, and logits as they are, for numbers by hand.
+CONFIG = RoutingConfig(learner="curvature", k_max=4, warmup_steps=10, gate="softmax_chosen", standardise=False)
 
 
 def zeros_of(router, dim):

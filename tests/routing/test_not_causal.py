@@ -37,7 +37,7 @@ def test_counts_of_best_by_hand():
 
 def test_a_sequence_spends_exactly_its_budget(make_context):
   rng = np.random.default_rng(0)
-  router = SequenceTopK(RoutingConfig(method="sequence_topk", k_max=4))
+  router = SequenceTopK(RoutingConfig(method="sequence_topk", k_max=4, standardise=False))
   context = make_context(40, 6, budget_B=jnp.asarray([1.5, 3.0]), mask_T=jnp.arange(40) < 34)
   context = context._replace(budget_T=jnp.repeat(jnp.asarray([1.5, 3.0]), 20))
   _, stats = router({"router_DE": jnp.asarray(rng.normal(size=(8, 6)))}, jnp.asarray(rng.normal(size=(40, 8))), context)

@@ -14,7 +14,7 @@ TOKENS = 8000
 
 
 def shares(make_context, key, **fields):
-  router = RandomK(RoutingConfig(method="random_k", k_max=4, **fields))
+  router = RandomK(RoutingConfig(method="random_k", k_max=4, standardise=False, **fields))
   x_TD = jax.random.normal(jax.random.key(5), (TOKENS, 8))
   _, stats = router({"router_DE": jnp.zeros((8, 6))}, x_TD, make_context(TOKENS, 6, key=key))
   return np.asarray(stats.count_histogram_K1) / TOKENS

@@ -91,7 +91,7 @@ def test_dropped_experts_leave_the_choice_in_training_only(make_context):
 
 def test_topk_by_hand(make_context):
   # The router reads the logits off the hidden state; token 2 is padding.
-  router = TopK(RoutingConfig(method="topk", k=2))
+  router = TopK(RoutingConfig(method="topk", k=2, standardise=False))
   assert router.parameters(ModelConfig(dim=16, num_experts=5)) == {"router_DE": ((16, 5), 0.25)}
   context = make_context(3, 4, dim=4, mask_T=jnp.asarray([True, True, False]))
   assignment, stats = router({"router_DE": jnp.eye(4)}, LOGITS, context)
@@ -111,6 +111,8 @@ def test_topk_by_hand(make_context):
 @pytest.mark.parametrize("counts", [[1, 2, 1], [2, 1, 0]])
 def test_topk_replays_counts(make_context, counts):
   context = make_context(3, 4, dim=4, decisions=Decisions(count_T=jnp.asarray(counts)))
-  assignment, stats = TopK(RoutingConfig(method="topk", k=2))({"router_DE": jnp.eye(4)}, LOGITS, context)
+  assignment, stats = TopK(RoutingConfig(method="topk", k=2, standardise=False))(
+    {"router_DE": jnp.eye(4)}, LOGITS, context
+  )
   np.testing.assert_array_equal(assignment.valid_TK.sum(1), counts)
   np.testing.assert_array_equal(stats.count_T, counts)

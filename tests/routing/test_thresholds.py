@@ -106,7 +106,7 @@ def test_entropy_counts_by_hand(make_context):
   # Mean 1, deviation 0.1: at the mean exp(ln 2) = 2; a deviation up 2 * e^0.6 = 3.64; two down 2 * e^-1.2 = 0.60.
   counts = entropy_count(jnp.asarray([1.0, 1.1, 0.8]), jnp.asarray(1.0), jnp.asarray(1.01), jnp.log(2.0))
   np.testing.assert_array_equal(counts, [2, 4, 1])
-  router = EntropyRule(RoutingConfig(method="entropy_rule", k_max=4))
+  router = EntropyRule(RoutingConfig(method="entropy_rule", k_max=4, standardise=False))
   x_TD = jnp.asarray([[0.0, 0, 0, 0], [9.0, 0, 0, 0]])
   _, stats = route(router, make_context, {"router_DE": jnp.eye(4)}, x_TD)
   assert stats.count_T[0] > stats.count_T[1]  # undecided, decided

@@ -147,6 +147,7 @@ DIFFICULTY = {  # as configs/difficulty.py, where each of these is explained
   "model__num_layers": 2, "model__num_kv_heads": 4, "model__position": "rotary", "model__num_dense_layers": 1,
   "model__dense_dim": 16, "model__num_experts": 8, "model__expert_dim": 8, "data__vocab_size": 27,
   "data__seq_len": 128, "train__batch_size": 16, "train__learning_rate": 3e-3, "routing__credit_discount": 0.0,
+  "routing__warmup_steps": 400,
 }  # fmt: skip
 
 

@@ -137,7 +137,7 @@ class RoutingConfig:
   credit_discount: float = 0.5  # share of the next token's loss that is credited one token back
   lambda_min: float = 0.002  # at_most: the least price of an expert, in nats per expert
   # Where the method leaves a choice: softmax_chosen | softmax_all (Switch) | softmax_unit (of length one) | sigmoid |
-  # auto, what did best: softmax_unit where the count varies, else softmax_chosen, and softmax_all for k = 1.
+  # auto, what did best: softmax_chosen for fixed k, softmax_unit where the count varies, softmax_all below 1.5 experts.
   gate: str = "auto"
   # There too: router logits are standardised over the experts, times a learned factor (DTop-p, arXiv 2512.13996).
   standardise: bool = True
@@ -230,10 +230,10 @@ class RoutingConfig:
     """How a token's gates follow from its logits, where `gate` may be auto."""
     if self.gate != "auto":
       return self.gate
-    if not self.fixed:
-      return "softmax_unit"
-    # Of one expert's gate over itself nothing can be learnt.
-    return "softmax_chosen" if self.k > 1 else "softmax_all"
+    # One expert's gate over itself is the constant one, through which the router learns nothing.
+    if self.mean_count < 1.5:
+      return "softmax_all"
+    return "softmax_chosen" if self.fixed else "softmax_unit"
 
   @property
   def standardised(self) -> bool:

@@ -40,11 +40,12 @@ def test_gates_of_length_one():
 def test_auto_is_the_gate_that_did_best_for_the_method():
   kinds = {
     "softmax_chosen": dict(method="topk", k=2),
-    "softmax_all": dict(method="topk", k=1),
+    "softmax_all": dict(method="random_k", budget=1.2),
     "softmax_unit": dict(method="dynamic"),
     "sigmoid": dict(method="dynamic", gate="sigmoid"),
   }
   assert {RoutingConfig(**fields).slot_gate: fields for fields in kinds.values()} == kinds
+  assert RoutingConfig(method="topk", k=1).slot_gate == "softmax_all"
   assert RoutingConfig(method="random_k").standardised and not RoutingConfig(method="relu").standardised
 
 

@@ -6,10 +6,8 @@ Needs libtpu, which holds the compiler, and no TPU.
 """
 
 import collections
-import importlib.util
 import itertools
 import math
-import os
 import re
 import time
 from collections.abc import Callable
@@ -17,22 +15,22 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from benchmarks import results
+from moe_lab.config.mesh import MeshConfig
 from moe_lab.config.schema import Config, DataConfig, ModelConfig, RoutingConfig, TrainConfig
-from moe_lab.errors import UserError
 from moe_lab.nn.transformer import Transformer
-from moe_lab.sharding.expert import TOKENS, state_shardings
+from moe_lab.preflight.topology import topology_devices
+from moe_lab.sharding.mesh import make_mesh
+from moe_lab.sharding.rules import batch_sharding, state_shardings
 from moe_lab.train.optimizer import make_optimizer
 from moe_lab.train.state import initial_state
 from moe_lab.train.step import make_train_step
 from moe_lab.types import Batch
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1")
-MESHES = ((1, 1), (1, 4))  # data, expert
+MESHES = MeshConfig(data=1), MeshConfig(data=1, expert=4)
 CONFIG = Config(
   model=ModelConfig(
     dim=512, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=64, num_experts=16, expert_dim=512, dtype="bfloat16"
@@ -42,14 +40,6 @@ CONFIG = Config(
   train=TrainConfig(batch_size=8),
 )
 
-# libtpu would ask the cloud which machine this is, and wait for an answer.
-_ENVIRONMENT = {
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "TPU_WORKER_ID": "0",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nobody runs anything on a TPU here, so compilers may stand side by side
-}
 _COLLECTIVES = (
   "all-gather|all-reduce|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute|collective-broadcast"
 )
@@ -58,15 +48,9 @@ _LAYOUT = re.compile(r"\{[^}]*\}|/\*[^*]*\*/")
 _DIMENSIONS = re.compile(r"\w+\[([\d,]*)\]")
 
 
-def topology_mesh(topology: str, shape: tuple[int, int]) -> Mesh:
-  """Returns the first devices of a topology, as a mesh of ("data", "expert")."""
-  if importlib.util.find_spec("libtpu") is None:
-    raise UserError("compiling for TPU wants libtpu: pip install libtpu, or the extra `tpu` of this package")
-  for name, value in _ENVIRONMENT.items():
-    os.environ.setdefault(name, value)
-  jax.config.update("jax_platforms", "cpu")  # with libtpu about, jax would look for a TPU to run on
-  devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-  return Mesh(np.array(devices[: math.prod(shape)]).reshape(shape), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
+def topology_mesh(topology: str, config: MeshConfig) -> Mesh:
+  """Returns a mesh of a topology's first chips, as many as the axes multiply to."""
+  return make_mesh(config, topology_devices(topology)[: config.num_devices])
 
 
 def _collectives(hlo: str) -> list[dict]:
@@ -80,24 +64,24 @@ def _largest(shape: str) -> int:
   return max(math.prod(int(n) for n in dims.split(",") if n) for dims in _DIMENSIONS.findall(shape))
 
 
-def compile_for(topology: str, config: Config, mesh_shape: tuple[int, int]) -> dict:
+def compile_for(topology: str, config: Config, mesh_config: MeshConfig) -> dict:
   """Compiles the training step of `config` for the first chips of a topology.
 
   Args:
     topology: as TPUs are sold: "v5e:2x2".
     config: of the run.
-    mesh_shape: chips along "data" and along "expert".
+    mesh_config: how many chips share what.
 
   Returns:
     topology, chips, seconds of compilation, bytes a chip by kind, `collectives`, and `gathers_all_experts`: whether
     any all-gather makes an array as large as one matrix of all experts of a layer, or larger.
   """
-  mesh = topology_mesh(topology, mesh_shape)
+  mesh = topology_mesh(topology, mesh_config)
   optimizer = make_optimizer(config.train)
   state = jax.eval_shape(lambda: initial_state(config, optimizer))
   rows = jax.ShapeDtypeStruct((config.train.batch_size, config.data.seq_len + 1), jnp.int32)
   batch = Batch(rows, rows, rows)
-  shardings = state_shardings(state, mesh), jax.tree.map(lambda _: NamedSharding(mesh, TOKENS), batch)
+  shardings = state_shardings(state, mesh), jax.tree.map(lambda _: batch_sharding(mesh, config.train.batch_size), batch)
   inputs = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), (state, batch), shardings
   )
@@ -124,9 +108,9 @@ def compile_for(topology: str, config: Config, mesh_shape: tuple[int, int]) -> d
 def report(note: Callable[[str], None]) -> list[dict]:
   """Returns `compile_for` of each topology, on one chip and on four that share experts; `note` hears how far it is."""
   found = []
-  for topology, shape in itertools.product(TOPOLOGIES, MESHES):
-    note(f"compiling for {math.prod(shape)} of {topology}")
-    found.append(compile_for(topology, CONFIG, shape))
+  for topology, mesh in itertools.product(TOPOLOGIES, MESHES):
+    note(f"compiling for {mesh.num_devices} of {topology}")
+    found.append(compile_for(topology, CONFIG, mesh))
   return found
 
 

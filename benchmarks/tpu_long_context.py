@@ -22,22 +22,23 @@ from jax.sharding import PartitionSpec as P
 from benchmarks import results
 from benchmarks.tpu_compile import topology_mesh
 from configs import medium_50b
+from moe_lab.config.mesh import MeshConfig
 from moe_lab.config.resolve import resolve
 from moe_lab.config.schema import Config
 from moe_lab.nn.attention import layer_slopes, layer_windows
 from moe_lab.nn.transformer import Transformer
-from moe_lab.sharding.expert import state_shardings
-from moe_lab.sharding.sequence import spread_attention, tokens_spec
+from moe_lab.sharding.rules import state_shardings, token_spec
+from moe_lab.sharding.sequence import spread_attention
 from moe_lab.train.losses import compute_loss
 from moe_lab.train.optimizer import make_optimizer
 from moe_lab.train.state import initial_state
 from moe_lab.types import Batch
 
-CASES = (  # what, topology, chips along data and along expert
-  ("attention", "v5e:2x2", (1, 1)),
-  ("attention", "v5p:2x2x1", (1, 1)),
-  ("attention", "v5p:4x4x4", (8, 8)),
-  ("model", "v5p:4x4x8", (8, 16)),
+CASES = (
+  ("attention", "v5e:2x2", MeshConfig(data=1)),
+  ("attention", "v5p:2x2x1", MeshConfig(data=1)),
+  ("attention", "v5p:4x4x4", MeshConfig(data=8, expert=8)),
+  ("model", "v5p:4x4x8", MeshConfig(data=8, expert=16)),
 )
 _ARRAY = re.compile(r"\b(?:pred|[suf]\d+|bf16|f8\w+)\[([\d,]+)\]")
 
@@ -60,7 +61,7 @@ def squares(shapes: set[tuple[int, ...]], queries: int, keys: int) -> list[tuple
 def attention_step(config: Config, mesh: Mesh):
   """Returns one layer's attention, forward and backward, and its inputs: one sequence, in the activations' type."""
   model, length = config.model, config.data.seq_len
-  sharding = NamedSharding(mesh, tokens_spec(mesh, 1, length))
+  sharding = NamedSharding(mesh, token_spec(mesh, 1, length))
 
   def shape(heads: int):
     return jax.ShapeDtypeStruct((1, length, heads, model.head_dim), model.dtype, sharding=sharding)
@@ -99,13 +100,13 @@ def model_step(config: Config, mesh: Mesh):
   return step, inputs
 
 
-def compile_for(what: str, topology: str, mesh_shape: tuple[int, int], config: Config) -> dict:
+def compile_for(what: str, topology: str, mesh_config: MeshConfig, config: Config) -> dict:
   """Compiles a forward and a backward pass over one sequence.
 
   Args:
     what: attention | model.
     topology: as TPUs are sold: "v5p:4x4x8".
-    mesh_shape: chips along "data" and along "expert".
+    mesh_config: how many chips share what.
     config: whose `data.seq_len` is L.
 
   Returns:
@@ -114,7 +115,7 @@ def compile_for(what: str, topology: str, mesh_shape: tuple[int, int], config: C
     `squares`: those with an axis of at least L and another of at least L or of exactly a chip's queries, and of
     attention, which has no other large ones, all of `large`.
   """
-  mesh, length = topology_mesh(topology, mesh_shape), config.data.seq_len
+  mesh, length = topology_mesh(topology, mesh_config), config.data.seq_len
   step, inputs = {"attention": attention_step, "model": model_step}[what](config, mesh)
   lowered = jax.jit(step).lower(*inputs)
   start = time.perf_counter()
@@ -144,9 +145,9 @@ def compile_for(what: str, topology: str, mesh_shape: tuple[int, int], config: C
 def report(note: Callable[[str], None]) -> list[dict]:
   """Returns `compile_for` of each case, at the reference system's length; `note` hears of progress."""
   found = []
-  for what, topology, shape in CASES:
-    note(f"compiling the {what} for {math.prod(shape)} of {topology}")
-    found.append(compile_for(what, topology, shape, resolve(medium_50b.get_config())))
+  for what, topology, mesh in CASES:
+    note(f"compiling the {what} for {mesh.num_devices} of {topology}")
+    found.append(compile_for(what, topology, mesh, resolve(medium_50b.get_config())))
   return found
 
 

@@ -6,7 +6,9 @@ classes, already checked. Field comments are the reference for users.
 
 import dataclasses
 
-from moe_lab.errors import ConfigError, did_you_mean
+from moe_lab.config.checks import check_choice, check_range
+from moe_lab.config.mesh import MeshConfig
+from moe_lab.errors import ConfigError
 
 METHODS = (
   "dynamic",
@@ -30,18 +32,6 @@ _SLOT_GATES = ("dynamic", "topk", "random_k", "entropy_rule", "sequence_topk")
 _ANY_BUDGET = (
   "dynamic", "random_k", "top_p_pi", "null_experts", "learned_threshold", "entropy_rule", "sequence_topk",
 )  # fmt: skip
-
-
-def _check_choice(field: str, got: str, choices: tuple[str, ...]) -> None:
-  if got not in choices:
-    raise ConfigError(field, got, f"one of {', '.join(choices)}{did_you_mean(got, choices)}")
-
-
-def _check_range(field: str, got: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-  # Written so that a NaN fails too.
-  if not ((low < got if open_low else low <= got) and got <= high):
-    above = "more than" if open_low else "at least"
-    raise ConfigError(field, got, f"{above} {low}" + (f" and at most {high}" if high != float("inf") else ""))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,25 +83,25 @@ class ModelConfig:
       "dense_dim",
       "attention_block",
     ):
-      _check_range(f"model.{name}", getattr(self, name), 1)
-    _check_range("model.num_dense_layers", self.num_dense_layers, 0, self.num_layers - 1)
-    _check_range("model.num_shared_experts", self.num_shared_experts, 0)
+      check_range(f"model.{name}", getattr(self, name), 1)
+    check_range("model.num_dense_layers", self.num_dense_layers, 0, self.num_layers - 1)
+    check_range("model.num_shared_experts", self.num_shared_experts, 0)
     if self.num_heads % self.num_kv_heads:
       raise ConfigError("model.num_kv_heads", self.num_kv_heads, f"a divisor of model.num_heads = {self.num_heads}")
-    _check_choice("model.position", self.position, ("alibi", "rotary"))
+    check_choice("model.position", self.position, ("alibi", "rotary"))
     if self.position == "rotary" and self.head_dim % 2:
       raise ConfigError("model.head_dim", self.head_dim, "an even number, since model.position is rotary")
-    _check_range("model.num_global_groups", self.num_global_groups, 0, self.num_kv_heads)
-    _check_range("model.rotary_base", self.rotary_base, 1, open_low=True)
-    _check_range("model.position_interpolation", self.position_interpolation, 0, open_low=True)
-    _check_range("model.qk_bound", self.qk_bound, 0, open_low=True)
-    _check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+    check_range("model.num_global_groups", self.num_global_groups, 0, self.num_kv_heads)
+    check_range("model.rotary_base", self.rotary_base, 1, open_low=True)
+    check_range("model.position_interpolation", self.position_interpolation, 0, open_low=True)
+    check_range("model.qk_bound", self.qk_bound, 0, open_low=True)
+    check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
     backends = ("auto", "reference", "blocked", "native", "tpu", "flash")
-    _check_choice("model.attention_backend", self.attention_backend, backends)
-    _check_choice("model.dispatch", self.dispatch, ("auto", "dense", "capacity", "ragged"))
-    _check_range("model.capacity_factor", self.capacity_factor, 0, open_low=True)
-    _check_choice("model.grouped_matmul", self.grouped_matmul, ("auto", "native", "tiles", "ragged_dot", "tokamax"))
-    _check_choice("model.remat", self.remat, ("none", "dots", "full"))
+    check_choice("model.attention_backend", self.attention_backend, backends)
+    check_choice("model.dispatch", self.dispatch, ("auto", "dense", "capacity", "ragged"))
+    check_range("model.capacity_factor", self.capacity_factor, 0, open_low=True)
+    check_choice("model.grouped_matmul", self.grouped_matmul, ("auto", "native", "tiles", "ragged_dot", "tokamax"))
+    check_choice("model.remat", self.remat, ("none", "dots", "full"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,41 +147,41 @@ class RoutingConfig:
   expert_dropout: float = 0.0  # mean share of experts that leave the choice in a training step; the busier the likelier
 
   def __post_init__(self):
-    _check_choice("routing.method", self.method, METHODS)
-    _check_range("routing.k", self.k, 1)
+    check_choice("routing.method", self.method, METHODS)
+    check_range("routing.k", self.k, 1)
     # Some published methods let a token have no expert at all.
-    _check_range("routing.k_min", self.k_min, 0 if self.method in _MAY_TAKE_NONE else 1)
-    _check_range("routing.k_max", self.k_max, max(self.k_min, 1))
-    _check_range("routing.budget", self.budget, self.k_min, self.k_max, open_low=self.k_min == 0)
-    _check_choice("routing.budget_mode", self.budget_mode, ("exactly", "at_most"))
-    _check_choice("routing.policy_input", self.policy_input, ("hidden", "token"))
+    check_range("routing.k_min", self.k_min, 0 if self.method in _MAY_TAKE_NONE else 1)
+    check_range("routing.k_max", self.k_max, max(self.k_min, 1))
+    check_range("routing.budget", self.budget, self.k_min, self.k_max, open_low=self.k_min == 0)
+    check_choice("routing.budget_mode", self.budget_mode, ("exactly", "at_most"))
+    check_choice("routing.policy_input", self.policy_input, ("hidden", "token"))
     learners = (*_TWO_ROLLOUTS, "value", "none", "ppo", "straight_through", "curvature")
-    _check_choice("routing.learner", self.learner, learners)
-    _check_range("routing.second_rollouts", self.second_rollouts, 0, 1, open_low=self.learner in _TWO_ROLLOUTS)
-    _check_range("routing.warmup_steps", self.warmup_steps, 0)
-    _check_choice("routing.gate", self.gate, ("auto", "softmax_chosen", "softmax_all", "softmax_unit", "sigmoid"))
+    check_choice("routing.learner", self.learner, learners)
+    check_range("routing.second_rollouts", self.second_rollouts, 0, 1, open_low=self.learner in _TWO_ROLLOUTS)
+    check_range("routing.warmup_steps", self.warmup_steps, 0)
+    check_choice("routing.gate", self.gate, ("auto", "softmax_chosen", "softmax_all", "softmax_unit", "sigmoid"))
     if self.method not in _SLOT_GATES and self.gate != "auto":
       raise ConfigError("routing.gate", self.gate, f"auto: the method {self.method} has gates of its own")
-    _check_range("routing.expert_groups", self.expert_groups, 1)
-    _check_range("routing.groups_kept", self.groups_kept, 1, self.expert_groups)
+    check_range("routing.expert_groups", self.expert_groups, 1)
+    check_range("routing.groups_kept", self.groups_kept, 1, self.expert_groups)
     self._check_budget_range()
     self._check_count_shares()
-    _check_range("routing.top_p", self.top_p, 0, 1, open_low=True)
-    _check_range("routing.num_null_experts", self.num_null_experts, 1)
+    check_range("routing.top_p", self.top_p, 0, 1, open_low=True)
+    check_range("routing.num_null_experts", self.num_null_experts, 1)
     if self.method == "null_experts":
       least = self.k_max - int(min((self.budget, *self.budget_range)))
       if self.num_null_experts < least:
         wanted = f"at least {least}, or k_max = {self.k_max} slots cannot be left to so few real experts"
         raise ConfigError("routing.num_null_experts", self.num_null_experts, wanted)
-    _check_choice("routing.null_output", self.null_output, ("zero", "identity"))
-    _check_choice("routing.balance_scope", self.balance_scope, ("local", "sequence", "global"))
+    check_choice("routing.null_output", self.null_output, ("zero", "identity"))
+    check_choice("routing.balance_scope", self.balance_scope, ("local", "sequence", "global"))
     for name in ("entropy_loss_weight", "lambda_min", "load_balance_weight", "z_loss_weight", "bias_update_rate"):
-      _check_range(f"routing.{name}", getattr(self, name), 0)
-    _check_range("routing.entropy_floor", self.entropy_floor, 0, 0.95)
-    _check_range("routing.credit_discount", self.credit_discount, 0, 0.99)
-    _check_range("routing.router_jitter", self.router_jitter, 0, 0.9)
-    _check_range("routing.gating_dropout", self.gating_dropout, 0, 0.9)
-    _check_range("routing.expert_dropout", self.expert_dropout, 0, 0.5)
+      check_range(f"routing.{name}", getattr(self, name), 0)
+    check_range("routing.entropy_floor", self.entropy_floor, 0, 0.95)
+    check_range("routing.credit_discount", self.credit_discount, 0, 0.99)
+    check_range("routing.router_jitter", self.router_jitter, 0, 0.9)
+    check_range("routing.gating_dropout", self.gating_dropout, 0, 0.9)
+    check_range("routing.expert_dropout", self.expert_dropout, 0, 0.5)
 
   def _check_budget_range(self) -> None:
     if not self.budget_range:
@@ -201,8 +191,8 @@ class RoutingConfig:
     if len(self.budget_range) != 2:
       raise ConfigError("routing.budget_range", self.budget_range, "two budgets, the lowest and the highest; or ()")
     low, high = self.budget_range
-    _check_range("routing.budget_range", low, max(self.k_min, 0.1), self.k_max)
-    _check_range("routing.budget_range", high, low, self.k_max, open_low=True)
+    check_range("routing.budget_range", low, max(self.k_min, 0.1), self.k_max)
+    check_range("routing.budget_range", high, low, self.k_max, open_low=True)
     if not low <= self.budget <= high:
       raise ConfigError("routing.budget", self.budget, f"a budget within routing.budget_range = {self.budget_range}")
 
@@ -212,7 +202,7 @@ class RoutingConfig:
     if self.method != "random_k" or self.budget_range:
       raise ConfigError("routing.count_shares", self.count_shares, "(), unless the method is random_k at one budget")
     for share in self.count_shares:
-      _check_range("routing.count_shares", share, 0)
+      check_range("routing.count_shares", share, 0)
     if len(self.count_shares) != self.k_max - self.k_min + 1 or sum(self.count_shares) <= 0:
       wanted = f"one share for each count from k_min = {self.k_min} to k_max = {self.k_max}"
       raise ConfigError("routing.count_shares", self.count_shares, wanted)
@@ -313,7 +303,7 @@ class DataConfig:
     kinds = ("stdlib", "package", "text", "jsonl", "array_record", "synthetic")
     for source in self.sources:
       kind, _, path = source.partition(":")
-      _check_choice("data.sources", kind, kinds)
+      check_choice("data.sources", kind, kinds)
       if (kind != "stdlib") != bool(path):
         raise ConfigError("data.sources", source, "'stdlib', or 'KIND:PATH' with KIND one of " + ", ".join(kinds[1:]))
     if any(s.startswith("synthetic:") for s in self.sources) and len(self.sources) > 1:
@@ -321,11 +311,11 @@ class DataConfig:
     if self.weights and len(self.weights) != len(self.sources):
       raise ConfigError("data.weights", self.weights, f"one weight a source ({len(self.sources)}), or none")
     for weight in self.weights:
-      _check_range("data.weights", weight, 0, open_low=True)
-    _check_range("data.vocab_size", self.vocab_size, 8)
-    _check_range("data.seq_len", self.seq_len, 2)
-    _check_range("data.validation_share", self.validation_share, 0, 0.5, open_low=True)
-    _check_range("data.test_share", self.test_share, 0, 0.5, open_low=True)
+      check_range("data.weights", weight, 0, open_low=True)
+    check_range("data.vocab_size", self.vocab_size, 8)
+    check_range("data.seq_len", self.seq_len, 2)
+    check_range("data.validation_share", self.validation_share, 0, 0.5, open_low=True)
+    check_range("data.test_share", self.test_share, 0, 0.5, open_low=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,17 +353,17 @@ class TrainConfig:
       "keep_checkpoints",
       "max_skipped",
     ):
-      _check_range(f"train.{name}", getattr(self, name), 1)
+      check_range(f"train.{name}", getattr(self, name), 1)
     if self.batch_size % self.accumulate:
       raise ConfigError("train.accumulate", self.accumulate, f"a divisor of train.batch_size = {self.batch_size}")
-    _check_range("train.learning_rate", self.learning_rate, 0, open_low=True)
-    _check_range("train.warmup_steps", self.warmup_steps, 0)
-    _check_choice("train.decay", self.decay, ("cosine", "linear", "constant"))
-    _check_range("train.final_lr_share", self.final_lr_share, 0, 1)
-    _check_range("train.weight_decay", self.weight_decay, 0)
-    _check_range("train.beta1", self.beta1, 0, 0.9999)
-    _check_range("train.beta2", self.beta2, 0, 0.99999)
-    _check_range("train.clip_norm", self.clip_norm, 0, open_low=True)
+    check_range("train.learning_rate", self.learning_rate, 0, open_low=True)
+    check_range("train.warmup_steps", self.warmup_steps, 0)
+    check_choice("train.decay", self.decay, ("cosine", "linear", "constant"))
+    check_range("train.final_lr_share", self.final_lr_share, 0, 1)
+    check_range("train.weight_decay", self.weight_decay, 0)
+    check_range("train.beta1", self.beta1, 0, 0.9999)
+    check_range("train.beta2", self.beta2, 0, 0.99999)
+    check_range("train.clip_norm", self.clip_norm, 0, open_low=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -384,6 +374,7 @@ class Config:
   routing: RoutingConfig = RoutingConfig()
   data: DataConfig = DataConfig()
   train: TrainConfig = TrainConfig()
+  mesh: MeshConfig = MeshConfig()
 
   def with_seed(self, seed: int) -> "Config":
     """Returns the same run with another seed: of parameters and draws, and of the data's order."""
@@ -423,3 +414,24 @@ class Config:
           self.routing.second_rollouts,
           f"at least one sequence of the {rows} in a micro-batch (>= {1 / rows:.3g})",
         )
+    self._check_mesh()
+
+  def _check_mesh(self) -> None:
+    """Raises ConfigError where a mesh axis does not divide what it spreads."""
+    spread = {
+      "fsdp": {"model.dim": self.model.dim},
+      "expert": {"model.num_experts": self.model.num_experts},
+      "sequence": {"data.seq_len": self.data.seq_len},
+      "model": {
+        "model.num_kv_heads": self.model.num_kv_heads,
+        "model.expert_dim": self.model.expert_dim,
+        "data.vocab_size": self.data.vocab_size,
+      },
+    }
+    if self.model.num_dense_layers:
+      spread["model"]["model.dense_dim"] = self.model.dense_dim
+    for axis, sizes in spread.items():
+      devices = getattr(self.mesh, axis)
+      for field, size in sizes.items():
+        if size % devices:
+          raise ConfigError(f"mesh.{axis}", devices, f"a divisor of {field} = {size}")

@@ -9,8 +9,8 @@ import numpy as np
 
 from moe_lab.config.schema import Config
 from moe_lab.nn.transformer import Transformer
-from moe_lab.ops.cross_entropy import head_losses
 from moe_lab.routing.base import Decisions, RouterState
+from moe_lab.sharding.head import spread_head_loss
 from moe_lab.types import Batch
 
 
@@ -43,8 +43,8 @@ def make_eval_step(config: Config, model: Transformer) -> EvalStep:
     budget_B = jnp.full(token_BL.shape[0], budget, jnp.float32)
     out = model.apply({"params": params}, token_BL, segment_BL, budget_B, router_state, decisions=decisions)
     count_ZBL = out.stats.count_T.reshape(-1, *token_BL.shape)
-    nll_T = head_losses(out.hidden_BLD.reshape(token_BL.size, -1), out.head_VD, batch.tokens[:, 1:].reshape(-1))
-    return TokenResults(nll_T.reshape(token_BL.shape), weight_BL, count_ZBL, out.stats.assigned_E)
+    _, nll_BL = spread_head_loss(out.hidden_BLD, out.head_VD, batch.tokens[:, 1:], weight_BL, model.mesh)
+    return TokenResults(nll_BL, weight_BL, count_ZBL, out.stats.assigned_E)
 
   return eval_step
 

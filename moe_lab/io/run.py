@@ -12,7 +12,7 @@ import json
 import shlex
 from pathlib import Path
 
-from moe_lab.config.resolve import diff, from_json, to_json
+from moe_lab.config.resolve import FIELDS, diff, from_json, to_json
 from moe_lab.config.schema import Config
 from moe_lab.errors import UserError, did_you_mean
 from moe_lab.io import record
@@ -20,10 +20,11 @@ from moe_lab.io.checkpoint import saved_steps
 from moe_lab.io.files import dump_json, write_text
 from moe_lab.io.lock import RunLock
 
-# What may change when a run is continued: how often it reports, not what it computes.
-_CADENCE = frozenset(
+# What may change when a run is continued: how often it reports and where it runs, not what it computes.
+_CADENCE = {
   f"train.{name}" for name in ("log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
-)
+}
+_MAY_CHANGE = _CADENCE | {field for field in FIELDS if field.startswith("mesh.")}
 
 
 @dataclasses.dataclass
@@ -152,7 +153,7 @@ def _check_place(workdir: Path) -> None:
 
 
 def _check_same(workdir: Path, old: Config, new: Config, info: dict, fingerprint: str) -> None:
-  changed = [entry for entry in diff(old, new) if entry[0] not in _CADENCE]
+  changed = [entry for entry in diff(old, new) if entry[0] not in _MAY_CHANGE]
   if changed:
     field, was, is_now = changed[0]
     more = f" (and {', '.join(name for name, _, _ in changed[1:])})" if changed[1:] else ""

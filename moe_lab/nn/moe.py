@@ -23,7 +23,7 @@ class MoE(nn.Module):
 
   Attributes:
     out_scale: factor on the initial weights of the outputs.
-    mesh: of devices; where its "expert" axis is larger than 1, the experts are spread over it.
+    mesh: of the devices that share the tokens and the experts; None: one device.
   """
 
   model: ModelConfig
@@ -57,8 +57,9 @@ class MoE(nn.Module):
     )
     # Capacity drops tokens by their neighbours; at inference (no key) nothing may depend on them.
     backend = "ragged" if model.dispatch == "capacity" and context.key is None else model.dispatch
-    if backend in ("auto", "ragged") and splits(self.mesh, x_TD.shape[0]):
-      y_TD = expert_parallel(x_TD, assignment, weights, self.mesh, grouped_matmul=model.grouped_matmul)
+    batch = context.num_sequences
+    if backend in ("auto", "ragged") and splits(self.mesh, batch, x_TD.shape[0] // batch):
+      y_TD = expert_parallel(x_TD, assignment, weights, self.mesh, batch=batch, grouped_matmul=model.grouped_matmul)
       dropped = jnp.zeros(())
     else:
       experts = experts_backend(model.grouped_matmul, platform(self.mesh))

@@ -11,7 +11,7 @@ from moe_lab.nn.attention import LayerCache
 from moe_lab.nn.block import Block, LayerInputs, SharedInputs
 from moe_lab.nn.layers import RMSNorm, scaled_normal
 from moe_lab.routing.base import Caps, Decisions, RouterState, RouterStats
-from moe_lab.sharding.sequence import spread
+from moe_lab.sharding.rules import spread
 
 _REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_saveable, "full": jax.checkpoint_policies.nothing_saveable}
 
@@ -46,7 +46,7 @@ class Transformer(nn.Module):
   """A decoder-only language model. Pure: everything that varies is an argument.
 
   Attributes:
-    mesh: the devices that share the experts (`sharding/expert.py`) and the tokens; None: no sharing.
+    mesh: of the devices that share the tokens and the parameters (`sharding/rules.py`); None: one device.
     unrolled: every layer has parameters of its own (`unstack_layers`), and is compiled by itself. A scan copies each
       layer's weights out of the stack, which hardly counts in training and is most of the time of decoding.
   """

@@ -1,11 +1,13 @@
 """Expert parallelism: each device holds some experts, and the tokens' rows travel to them and back.
 
-Tokens are spread over the axes ("data", "expert") of a mesh, experts over
-"expert" alone. A device sorts the rows of its tokens by expert, hence by the
-device that holds it; an all-to-all exchange takes them there and the results
-back (GShard, arXiv 2006.16668). No row is ever dropped: the buffers have room for all
-rows of all devices that meet on one. Left to XLA's own partitioning, every
-device would gather all experts' weights instead.
+Tokens are spread over all axes of a mesh but "model", experts over "expert".
+A device sorts the rows of its tokens by expert, hence by the device that holds
+it; an all-to-all exchange takes them there and the results back (GShard, arXiv
+2006.16668). No row is ever dropped: the buffers have room for all rows of all
+devices that meet on one. Left to XLA's own partitioning, every device would
+gather all experts' weights instead. Along "fsdp" devices share each of the
+experts they hold, and fetch the rest for the layer at hand; along "model" each
+has a stretch of the hidden width, and their results are added.
 
 Dimensions here: N devices along "expert", E / N experts each; R rows sent by
 a device, S rows in its buffer of received ones.
@@ -16,16 +18,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_lab.errors import ConfigError
 from moe_lab.ops.grouped_mlp import ExpertWeights, expert_of_row, grouped_mlp
 from moe_lab.ops.rows import cut, gate_of_row, lay_out, sort_by_expert, to_rows, to_tokens
+from moe_lab.sharding.gather import gathered
+from moe_lab.sharding.rules import parameter_spec, token_spec
 
 AXIS = "expert"
-AXES = ("data", AXIS)
-TOKENS = P(AXES)  # of the leading axis: tokens, or a batch's sequences
 
 
 def platform(mesh: Mesh | None) -> str:
@@ -33,21 +35,9 @@ def platform(mesh: Mesh | None) -> str:
   return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
-def splits(mesh: Mesh | None, num_tokens: int) -> bool:
-  """Returns whether there are devices to spread the experts over, and an equal share of tokens for each."""
-  if mesh is None or mesh.shape[AXIS] == 1:
-    return False
-  return num_tokens % (mesh.shape["data"] * mesh.shape[AXIS]) == 0
-
-
-def state_shardings(state: Any, mesh: Mesh) -> Any:
-  """Returns the sharding of each leaf of a training state: experts ([Z, E, ...]; moments too) spread, others copied."""
-
-  def one(path, _):
-    is_expert = str(getattr(path[-1], "key", "")) in ExpertWeights._fields
-    return NamedSharding(mesh, P(None, AXIS) if is_expert else P())
-
-  return jax.tree_util.tree_map_with_path(one, state)
+def splits(mesh: Mesh | None, batch: int, length: int) -> bool:
+  """Returns whether there are several devices, and an equal share of B x L tokens for each."""
+  return token_spec(mesh, batch, length) != P()
 
 
 def _ragged_all_to_all(x_RD, send_N, receive_N, num_rows: int):
@@ -60,13 +50,17 @@ def _ragged_all_to_all(x_RD, send_N, receive_N, num_rows: int):
   return jax.lax.ragged_all_to_all(x_RD, out_SD, first_N, send_N, place_N, receive_N, axis_name=AXIS)
 
 
-def _local(x_TD, expert_TK, gate_TK, valid_TK, weights, *, devices: int, exchange: str, grouped_matmul: str):
-  """One device's part: y_TD of its tokens, by way of every device's experts."""
+def _local(x_BLD, expert_BLK, gate_BLK, valid_BLK, weights, *, devices: int, exchange: str, grouped_matmul: str):
+  """One device's part: y_BLD of its tokens, by way of every device's experts."""
+  x_TD, expert_TK, gate_TK, valid_TK = (
+    leaf.reshape(-1, leaf.shape[-1]) for leaf in (x_BLD, expert_BLK, gate_BLK, valid_BLK)
+  )
   num_tokens, slots = expert_TK.shape
   pairs, own = num_tokens * slots, weights.gate_EDF.shape[0]
   all_to_all = functools.partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0, tiled=True)
-  # Cast on the device, so that the gradients of devices along "data" are added in float32.
-  weights = ExpertWeights(*(w.astype(x_TD.dtype) for w in weights))
+  # Cast here, so that the gradients of devices along "data" are added in float32.
+  shared = [name.partition("_")[2].index("D") for name in ExpertWeights._fields]  # the dimension along "fsdp"
+  weights = ExpertWeights(*(gathered(w, "fsdp", dim, x_TD.dtype) for w, dim in zip(weights, shared, strict=True)))
 
   expert_R = jnp.where(valid_TK, expert_TK, devices * own).reshape(-1)
   pair_R, rows_E = sort_by_expert(expert_R, devices * own)
@@ -91,7 +85,9 @@ def _local(x_TD, expert_TK, gate_TK, valid_TK, weights, *, devices: int, exchang
   order = lay_out(order_S, jnp.arange(order_S.size) < rows_E.sum(), order_S.size, 1)
   y_RD = back(to_tokens(grouped_mlp(to_rows(x_SD, order), weights, rows_E, backend=grouped_matmul), order))
   gate_R = gate_of_row(gate_TK, pair_R, used_R)
-  return to_tokens(y_RD * gate_R[:, None].astype(y_RD.dtype), layout)
+  # Along "model" every device has the part of the result that comes of its stretch of the hidden width.
+  y_TD = jax.lax.psum(to_tokens(y_RD * gate_R[:, None].astype(y_RD.dtype), layout), "model")
+  return y_TD.reshape(x_BLD.shape)
 
 
 def expert_parallel(
@@ -100,16 +96,18 @@ def expert_parallel(
   weights: ExpertWeights,
   mesh: Mesh,
   *,
+  batch: int,
   exchange: str | None = None,
   grouped_matmul: str = "auto",
 ) -> jax.Array:
   """Runs each token through its experts, wherever they are, and sums the gated results.
 
   Args:
-    x_TD: hidden states; T is a multiple of the devices along both axes (`splits`).
+    x_TD: hidden states of B sequences that the mesh `splits`.
     assignment: `routing.base.Assignment`, the experts of each token.
-    weights: of all experts, E a multiple of the devices along "expert"; cast to the hidden states' type.
-    mesh: of devices, with axes "data" and "expert".
+    weights: of all experts, spread as `rules.py` says; cast to the hidden states' type.
+    mesh: of devices.
+    batch: B.
     exchange: ragged (sends the rows in use) | padded (blocks of the worst case, for CPU, which has no ragged one);
       by default what the mesh's devices can do.
     grouped_matmul: what computes a device's rows: ragged_dot | tokamax | auto (ragged_dot).
@@ -127,8 +125,14 @@ def expert_parallel(
   if exchange is None:
     exchange = "padded" if platform(mesh) == "cpu" else "ragged"
   local = functools.partial(_local, devices=mesh.shape[AXIS], exchange=exchange, grouped_matmul=grouped_matmul)
+  by_token = [
+    leaf.reshape(batch, -1, leaf.shape[-1])
+    for leaf in (x_TD, assignment.expert_TK, assignment.gate_TK, assignment.valid_TK)
+  ]
+  tokens = token_spec(mesh, *by_token[0].shape[:2])
+  spread_weights = ExpertWeights(*(parameter_spec(name, 3) for name in ExpertWeights._fields))
   # The check of what varies over which axis knows neither the ragged exchange nor the kernels.
   run = jax.shard_map(
-    local, mesh=mesh, in_specs=(TOKENS, TOKENS, TOKENS, TOKENS, P(AXIS)), out_specs=TOKENS, check_vma=False
+    local, mesh=mesh, in_specs=(tokens, tokens, tokens, tokens, spread_weights), out_specs=tokens, check_vma=False
   )
-  return run(x_TD, assignment.expert_TK, assignment.gate_TK, assignment.valid_TK, weights)
+  return run(*by_token, weights).reshape(x_TD.shape)

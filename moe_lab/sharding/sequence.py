@@ -1,49 +1,32 @@
-"""Attention on several devices: each has some sequences, or a stretch of every sequence.
+"""Attention on several devices: each has some sequences, or a stretch of every sequence, and some of the heads.
 
 The TPU's kernel cannot be cut by XLA's partitioner, and needs not be: sequences are independent, and so are the queries
-of one. With fewer sequences than devices, as at 128K tokens, a device takes L / devices queries in a row and all
-keys, which it gathers; its position is the attention's `offset`. Keys are gathered by all, also those of groups whose
-windows end before: 2 * M * H numbers a token. A group that sees everything costs the last device twice the mean.
+of one, and the heads. With a stretch each, a device has L / devices queries in a row and all keys, which it gathers;
+its position is the attention's `offset`. Keys are gathered by all, also those of groups whose windows end before:
+2 * M * H numbers a token. A group that sees everything costs the last device twice the mean.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_lab.ops.attention import attention
-from moe_lab.sharding.expert import AXES, TOKENS
+from moe_lab.sharding.gather import gathered
+from moe_lab.sharding.rules import token_spec
 
 
-def tokens_spec(mesh: Mesh | None, batch: int, length: int) -> P:
-  """Returns how [B, L, ...] is spread: by sequences, or by stretches of each; P() where neither number is divisible."""
-  if mesh is None or mesh.size == 1:
-    return P()
-  if batch % mesh.size == 0:
-    return TOKENS
-  return P(None, AXES) if length % mesh.size == 0 else P()
+def common_windows(window_M: tuple[int | None, ...], devices: int) -> tuple[int | None, ...]:
+  """Returns the windows of the groups that a device has, wide enough for each device.
 
-
-def spread(x_BL: jax.Array, mesh: Mesh | None) -> jax.Array:
-  """Asks for `tokens_spec`, of an array [B, L, ...]; changes nothing on one device."""
-  spec = tokens_spec(mesh, *x_BL.shape[:2])
-  return x_BL if spec == P() else jax.lax.with_sharding_constraint(x_BL, NamedSharding(mesh, spec))
-
-
-@jax.custom_vjp
-def _gather(x_BSMH):
-  return jax.lax.all_gather(x_BSMH, AXES, axis=1, tiled=True)
-
-
-def _scatter_gradient(_, d_BSMH):
-  # Every device has a share of each key's gradient: added in float32.
-  d = jax.lax.psum_scatter(d_BSMH.astype(jnp.float32), AXES, scatter_dimension=1, tiled=True)
-  return (d.astype(d_BSMH.dtype),)
-
-
-_gather.defvjp(lambda x_BSMH: (_gather(x_BSMH), None), _scatter_gradient)
+  One program runs on all; the j-th group of each gets the widest of their windows. That costs no time, since all
+  wait for the device that has the widest.
+  """
+  own = len(window_M) // devices
+  parts = [window_M[first : first + own] for first in range(0, len(window_M), own)]
+  return tuple(None if None in groups else max(groups) for groups in zip(*parts, strict=True))
 
 
 def spread_attention(
@@ -54,6 +37,7 @@ def spread_attention(
   segment_BL: jax.Array,
   mesh: Mesh | None,
   *,
+  window_M: tuple[int | None, ...],
   offset: jax.Array | int = 0,
   **how,
 ) -> jax.Array:
@@ -65,26 +49,32 @@ def spread_attention(
     v_BLMH: values.
     slope_M: slopes.
     segment_BL: documents.
-    mesh: of devices, with axes "data" and "expert"; None: one device.
+    mesh: of devices; None: one device.
+    window_M: of the groups.
     offset: position of the first query.
-    how: window_M, backend and block of `attention`.
+    how: backend and block of `attention`.
 
   Returns:
-    [B, L, N, H], spread as `tokens_spec` says.
+    [B, L, N, H], spread as `token_spec` says, heads over "model".
   """
-  run = functools.partial(attention, **how)
   if mesh is None or mesh.size == 1:
+    run = functools.partial(attention, window_M=window_M, **how)
     return run(q_BLNH, k_BLMH, v_BLMH, slope_M, segment_BL, segment_BL, offset=offset)
-  spec = tokens_spec(mesh, *segment_BL.shape)
-  stretches = spec == P(None, AXES)
+  run = functools.partial(attention, window_M=common_windows(window_M, mesh.shape["model"]), **how)
+  tokens = token_spec(mesh, *segment_BL.shape)
+  by_stretch = tokens[1] if len(tokens) > 1 else None  # the axes that a sequence's tokens are spread over
+  if by_stretch == "sequence" and mesh.shape["sequence"] == 1:
+    by_stretch = None
 
   def local(q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS, offset):
-    if stretches:
-      k_BSMH, v_BSMH = _gather(k_BSMH), _gather(v_BSMH)
-      offset += jax.lax.axis_index(AXES) * q_BLNH.shape[1]
+    if by_stretch:
+      k_BSMH, v_BSMH = (gathered(x, by_stretch, 1, x.dtype) for x in (k_BSMH, v_BSMH))
+      offset += jax.lax.axis_index(by_stretch) * q_BLNH.shape[1]
     return run(q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS, offset=offset)
 
-  in_specs = (spec, spec, spec, P(), spec, P() if stretches else spec, P())
+  heads = P(*(tokens if tokens else (None, None)), "model")
+  all_keys = P(tokens[0]) if tokens else P()
+  in_specs = (heads, heads, heads, P("model"), tokens, all_keys if by_stretch else tokens, P())
   # The check of what varies over which axis does not know the kernels.
-  on_devices = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=spec, check_vma=False)
+  on_devices = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=heads, check_vma=False)
   return on_devices(q_BLNH, k_BLMH, v_BLMH, slope_M, segment_BL, segment_BL, jnp.asarray(offset, jnp.int32))

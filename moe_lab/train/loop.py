@@ -20,6 +20,8 @@ from moe_lab.io.run import Run, open_run
 from moe_lab.io.writers import MetricsWriter, read_metrics
 from moe_lab.nn.transformer import Transformer
 from moe_lab.ops import native
+from moe_lab.sharding.mesh import mesh_or_none
+from moe_lab.sharding.rules import batch_sharding, state_shardings
 from moe_lab.train.losses import num_twins
 from moe_lab.train.metrics import Metrics, merge, summarise
 from moe_lab.train.optimizer import make_optimizer
@@ -75,6 +77,7 @@ def train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_
     RunError: the run failed (not finite, disk full).
     SystemExit: 75 after SIGTERM, with everything saved.
   """
+  mesh = mesh_or_none(config.mesh)  # first, for it says what does not fit
   data = open_data(config.data, cache_dir)
   with open_run(workdir, config, fingerprint=data.fingerprint, manifest=data.manifest, argv=argv) as run:
     if data.tokenizer is not None:
@@ -83,17 +86,18 @@ def train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_
       with Progress(config.train.steps) as progress, Preemption() as preemption:
         if jax.default_backend() == "cpu":
           run.note(cpu_kernels="native" if native.available() else "XLA")
-        return _Training(config, run, data, checkpointer, writer, progress, preemption, stop_at).run()
+        return _Training(config, mesh, run, data, checkpointer, writer, progress, preemption, stop_at).run()
 
 
 class _Training:
   """The parts of one launch, so that the loop below reads top to bottom."""
 
-  def __init__(self, config: Config, run: Run, data: Data, checkpointer, writer, progress, preemption, stop_at):
+  def __init__(self, config: Config, mesh, run: Run, data: Data, checkpointer, writer, progress, preemption, stop_at):
     self.config, self.run_record, self.data = config, run, data
     self.checkpointer, self.writer, self.progress = checkpointer, writer, progress
     self.preemption, self.stop_at = preemption, stop_at
-    self.model, self.optimizer = Transformer(config), make_optimizer(config.train)
+    self.mesh = mesh
+    self.model, self.optimizer = Transformer(config, self.mesh), make_optimizer(config.train)
     self.eval_step = make_eval_step(config, self.model)
     self.loader = data.train_loader(config.train.batch_size)
 
@@ -111,7 +115,7 @@ class _Training:
         self.checkpointer.wait()
         self.progress.note(f"stopped at step {step} of {config.steps}; the same command goes on from here")
         raise SystemExit(PREEMPTED)
-      state, metrics = train_step(state, next(self.loader))
+      state, metrics = train_step(state, self._on_devices(next(self.loader)))
       since = metrics if since is None else merge(since, metrics)
       step += 1
       log = step % config.log_every == 0 or step == self.config.routing.warmup_steps
@@ -130,16 +134,24 @@ class _Training:
 
   def _start(self) -> tuple[TrainState, int]:
     """Returns the state and the steps done: the newest checkpoint's, or the beginning."""
+    abstract, shardings = jax.eval_shape(lambda: initial_state(self.config, self.optimizer)), None
+    if self.mesh:
+      shardings = state_shardings(abstract, self.mesh)
     if self.checkpointer.latest_step() is None:
-      state, step, meta = jax.jit(lambda: initial_state(self.config, self.optimizer))(), 0, {}
+      begin = jax.jit(lambda: initial_state(self.config, self.optimizer), out_shardings=shardings)
+      state, step, meta = begin(), 0, {}
     else:
-      abstract = jax.eval_shape(lambda: initial_state(self.config, self.optimizer))
+      if shardings:
+        abstract = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), abstract, shardings)
       state, meta, step = self.checkpointer.restore(abstract)
       self.loader.set_state(meta["loader"])
       self.progress.note(f"resuming after step {step}")
     self.writer.resume(step)
     self.ledger = Ledger(self.config, meta.get("spent"))
     return state, step
+
+  def _on_devices(self, batch):
+    return jax.device_put(batch, batch_sharding(self.mesh, len(batch.tokens))) if self.mesh else batch
 
   def _save(self, step: int, state: TrainState) -> None:
     if self.checkpointer.latest_step() != step:

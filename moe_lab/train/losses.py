@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from moe_lab.config.schema import Config
 from moe_lab.nn.transformer import Transformer
-from moe_lab.ops.cross_entropy import weighted_head_loss
 from moe_lab.routing.balance import balance_loss
 from moe_lab.routing.budget_table import draw_budgets
 from moe_lab.routing.learner import Rollouts, lesson, twin_rows
 from moe_lab.routing.registry import make_router
+from moe_lab.sharding.head import spread_head_loss
 from moe_lab.train.metrics import from_stats
 from moe_lab.train.state import TrainState
 from moe_lab.types import Batch
@@ -71,13 +71,8 @@ def compute_loss(
   out = model.apply({"params": params}, token_BL, segment_BL, budget_B, state.router_state, key=key, greedy_B=greedy_B)
   # A sequence counts once, however often it is rolled out.
   share_B1 = jnp.where(twin_rows(token_BL.shape[0], twins), 0.5, 1.0)[:, None]
-  loss_sum, nll_T = weighted_head_loss(
-    out.hidden_BLD.reshape(token_BL.size, -1),
-    out.head_VD,
-    target_BL.reshape(-1),
-    (weight_BL * share_B1).reshape(-1),
-  )
-  nll_BL, loss_weight = nll_T.reshape(token_BL.shape), jnp.sum(weight_BL * share_B1)
+  loss_sum, nll_BL = spread_head_loss(out.hidden_BLD, out.head_VD, target_BL, weight_BL * share_B1, model.mesh)
+  loss_weight = jnp.sum(weight_BL * share_B1)
   total = loss_sum / jnp.maximum(loss_weight, 1)
 
   stats = out.stats

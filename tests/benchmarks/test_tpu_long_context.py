@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.tpu_long_context import arrays, compile_for, squares
 from configs.medium_50b import get_config
+from moe_lab.config.mesh import MeshConfig
 from moe_lab.config.resolve import resolve
 from moe_lab.ops.attention import attention
 
@@ -34,7 +35,7 @@ def test_the_search_sees_a_matrix_of_logits(backend, found):
 @pytest.mark.slow
 def test_one_layers_attention_at_128k_fits_a_chip():
   pytest.importorskip("libtpu")
-  result = compile_for("attention", "v5e:2x2", (1, 1), resolve(get_config()))
+  result = compile_for("attention", "v5e:2x2", MeshConfig(data=1), resolve(get_config()))
   assert result["length"] == 131_072 and result["squares"] == []
   assert result["peak_bytes"] < 8 * 2**30  # of 16 GiB; one head's logits alone would be 32 GiB in bfloat16
 
@@ -52,4 +53,4 @@ def test_a_small_model_of_its_kind_on_four_chips():
     routing=dataclasses.replace(config.routing, expert_dropout=0.0),  # which would leave fewer than k_max of 8
     data=dataclasses.replace(config.data, vocab_size=1024, seq_len=8192),
   )
-  assert compile_for("model", "v5p:2x2x1", (2, 2), small)["squares"] == []
+  assert compile_for("model", "v5p:2x2x1", MeshConfig(data=2, expert=2), small)["squares"] == []

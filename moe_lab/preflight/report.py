@@ -1,0 +1,100 @@
+"""What a preflight says: does it fit, what binds, and the numbers behind."""
+
+import collections
+import dataclasses
+import math
+
+import jax
+
+from moe_lab.config.schema import Config
+from moe_lab.preflight.chips import chip_of
+from moe_lab.preflight.compile import compile_train_step
+from moe_lab.preflight.roofline import roofline
+from moe_lab.preflight.topology import topology_devices
+from moe_lab.sharding.mesh import make_mesh
+from moe_lab.train.optimizer import make_optimizer
+from moe_lab.train.state import initial_state
+
+GIB = 2**30
+
+
+def parameter_counts(config: Config) -> tuple[int, int]:
+  """Returns the parameters, and those that a token with the most experts takes part of."""
+  params = jax.eval_shape(lambda: initial_state(config, make_optimizer(config.train))).params
+  sizes = collections.Counter()
+  for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+    sizes["experts" if path[-1].key.endswith(("_EDF", "_EFD")) else "rest"] += math.prod(leaf.shape)
+  total = sizes["experts"] + sizes["rest"]
+  return total, sizes["rest"] + sizes["experts"] * config.routing.slots // config.model.num_experts
+
+
+def preflight(config: Config, topology: str) -> dict:
+  """Compiles `config`'s training step for a TPU topology.
+
+  Returns:
+    fits, bytes_per_chip, chip_bytes, params_total, params_active (at most), flops_per_token, collective_bytes
+    (a chip's, by opcode and axes), step_seconds, and what they are made of.
+
+  Raises:
+    UserError: no compiler for TPU, no such topology or chip, or a mesh that it has not the chips for.
+  """
+  chip, devices = chip_of(topology), topology_devices(topology)
+  sizes = config.mesh.sizes(len(devices))
+  mesh_config = dataclasses.replace(config.mesh, data=sizes["data"])
+  config = dataclasses.replace(config, mesh=mesh_config)
+  compiled = compile_train_step(config, make_mesh(mesh_config, devices))
+  bound = roofline(config, compiled, chip, len(devices))
+  total, active = parameter_counts(config)
+  sent = collections.Counter()
+  for collective in compiled.collectives:
+    sent[f"{collective.opcode} over {'+'.join(collective.axes) or 'nothing'}"] += collective.bytes_per_chip
+  return {
+    "fits": compiled.peak_bytes <= chip.memory_bytes,
+    "bytes_per_chip": compiled.peak_bytes,
+    "chip_bytes": chip.memory_bytes,
+    "parameter_bytes": compiled.parameter_bytes,
+    "optimizer_bytes": compiled.optimizer_bytes,
+    "temporary_bytes": compiled.temporary_bytes,
+    "params_total": total,
+    "params_active": active,
+    "flops_per_token": bound.flops_per_token,
+    "collective_bytes": dict(sorted(sent.items(), key=lambda item: -item[1])),
+    "step_seconds": bound.seconds,
+    "compute_seconds": bound.compute,
+    "memory_seconds": bound.memory,
+    "network_seconds": bound.network,
+    "binds": bound.binds,
+    "roofline_share": bound.share,
+    "tokens_per_step": config.train.batch_size * config.data.seq_len,
+    "topology": topology,
+    "chips": len(devices),
+    "mesh": sizes,
+    "dispatch": "dropless: buffers for the worst case" if config.model.dispatch != "capacity" else "capacity",
+    "compile_seconds": compiled.compile_seconds,
+  }
+
+
+def table(result: dict) -> str:
+  """Returns the result in lines for people."""
+  mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items() if size > 1) or "one chip"
+  over = result["bytes_per_chip"] - result["chip_bytes"]
+  verdict = "fits" if result["fits"] else f"does not fit: {over / GIB:.1f} GiB too much"
+  rows = [
+    ("topology", f"{result['topology']}, {result['chips']} chips: {mesh}"),
+    ("parameters", f"{result['params_total'] / 1e9:.2f} B, at most {result['params_active'] / 1e9:.2f} B active"),
+    ("a chip holds", f"{result['bytes_per_chip'] / GIB:.1f} of {result['chip_bytes'] / GIB:.0f} GiB: {verdict}"),
+    ("  parameters", f"{result['parameter_bytes'] / GIB:.2f} GiB"),
+    ("  optimizer", f"{result['optimizer_bytes'] / GIB:.2f} GiB"),
+    ("  temporaries", f"{result['temporary_bytes'] / GIB:.2f} GiB ({result['dispatch']})"),
+    ("tokens a step", f"{result['tokens_per_step']:,}"),
+    ("FLOPs a token", f"{result['flops_per_token'] / 1e9:.1f} G in training"),
+    ("a step takes", f"{result['step_seconds']:.2f} s at least, by {result['binds']}"),
+    ("  compute", f"{result['compute_seconds']:.2f} s"),
+    ("  memory", f"{result['memory_seconds']:.2f} s"),
+    ("  network", f"{result['network_seconds']:.2f} s"),
+    ("roofline share", f"{result['roofline_share']:.0%} of the peak"),
+    *((f"  {name}", f"{sent / GIB:.2f} GiB a chip and step") for name, sent in result["collective_bytes"].items()),
+    ("compiled in", f"{result['compile_seconds']:.0f} s"),
+  ]
+  width = max(len(name) for name, _ in rows)
+  return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

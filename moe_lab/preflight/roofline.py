@@ -1,0 +1,78 @@
+"""How long a step takes at least: arithmetic, memory and network, each as if the others were free.
+
+Assumptions. Arithmetic runs at the chip's peak, on `forward_flops_per_token` times three (a backward pass is two
+products for each of the forward pass), four where the forward pass is run again (`model.remat = full`), with the mean
+experts of the budget and the mean of min(window, position) keys. Memory: each micro-batch reads a chip's weights in
+the activations' type once forward and twice backward (once more with remat), and a step reads and writes parameters,
+gradients and both moments in float32. Network: the compiled program's collectives, with bytes as a ring sends them,
+over all links of a chip at once. The three overlap perfectly, so the step takes as long as the longest.
+"""
+
+import dataclasses
+
+from moe_lab.config.schema import Config
+from moe_lab.evaluate.flops import forward_flops_per_token
+from moe_lab.nn.attention import layer_windows
+from moe_lab.preflight.chips import Chip
+from moe_lab.preflight.compile import Compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+  """Seconds of a step, by what they are spent on.
+
+  Attributes:
+    compute: arithmetic.
+    memory: reading and writing.
+    network: the collectives.
+    flops_per_token: of training.
+    model_flops_per_token: the same without what is computed again.
+  """
+
+  compute: float
+  memory: float
+  network: float
+  flops_per_token: float
+  model_flops_per_token: float
+
+  @property
+  def seconds(self) -> float:
+    """Of a step."""
+    return max(self.compute, self.memory, self.network)
+
+  @property
+  def binds(self) -> str:
+    """What the step waits for: compute | memory | network."""
+    return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
+
+  @property
+  def share(self) -> float:
+    """Of the chips' peak: useful FLOPs over what they could have done in the step's time."""
+    return self.compute / self.seconds * self.model_flops_per_token / self.flops_per_token
+
+
+def mean_context(config: Config) -> float:
+  """Returns how many keys a query sees, on average over positions and KV groups."""
+  length, total = config.data.seq_len, 0.0
+  for window in layer_windows(config.model):
+    window = length if window is None else min(window, length)
+    total += window - window * (window - 1) / (2 * length)  # the mean of min(position + 1, window)
+  return total / config.model.num_kv_heads
+
+
+def roofline(config: Config, compiled: Compiled, chip: Chip, chips: int) -> Roofline:
+  """Returns the least time of a training step, under the assumptions above."""
+  forward = forward_flops_per_token(config, config.routing.mean_count, mean_context(config))["total"]
+  passes = 4 if config.model.remat == "full" else 3
+  tokens = config.train.batch_size * config.data.seq_len / chips
+  itemsize = 2 if config.model.dtype == "bfloat16" else 4
+  mesh = config.mesh
+  gathered = compiled.parameter_bytes / 4 * itemsize * mesh.fsdp  # of the layers, one after another
+  update = 2 * (2 * compiled.parameter_bytes + compiled.optimizer_bytes)
+  return Roofline(
+    compute=passes * forward * tokens / chip.flops,
+    memory=(passes * config.train.accumulate * gathered + update) / chip.memory_bandwidth,
+    network=sum(c.bytes_per_chip for c in compiled.collectives) / chip.link_bandwidth,
+    flops_per_token=passes * forward,
+    model_flops_per_token=3 * forward,
+  )

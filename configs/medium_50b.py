@@ -1,21 +1,27 @@
-"""The reference system: 50 B parameters, at most 14 B of them active, and a context of 131,072 tokens.
+"""The reference system: 50 B parameters, at most 14 B of them active.
 
+    python -m experiments.preflight --config=configs/medium_50b.py:8k --topology=v5p:4x4x8
     python -m experiments.train --config=configs/medium_50b.py --config.data.sources='jsonl:corpus/*' --workdir=runs/50b
 
-That program uses one device so far. What 128 TPU chips would hold of a step's forward and backward passes is
+The argument is the context:
 
-    python -m experiments.benchmark tpu_long_context
+  128k  131,072 tokens, one sequence at a time, its tokens spread over all chips (the default)
+  8k    8,192 tokens, for the bulk of training
 
 A token takes 1 to 8 of a layer's 32 experts, as the policy decides, and three on average: 6.4 B active parameters.
-Attention has 32 query heads in 8 KV groups. Six have slopes from 2^-0.67 to 2^-7.33 and look at 53 to 6,000 keys; two
-have slope 0 and look at everything, and their logits span 2 S = 16, enough to single out one key of 131,072 (ln of
-that is 11.8).
+Attention has 32 query heads in 8 KV groups. Seven have slopes and look at 49 to 6,421 keys; one has slope 0 and looks
+at everything, and its logits span 2 S = 16, enough to single out one key of 131,072 (ln of that is 11.8).
 """
 
 from moe_lab.config import base_config
 
+CONTEXTS = ("128k", "8k")
+
 
 def get_config(arg=None):
+  context = arg or "128k"
+  if context not in CONTEXTS:
+    raise ValueError(f"configs/medium_50b.py:{context}: wanted one of {', '.join(CONTEXTS)}")
   config = base_config()
   config.model.dim = 4096
   config.model.num_layers = 32
@@ -37,9 +43,16 @@ def get_config(arg=None):
   config.routing.warmup_steps = 2000
   config.routing.expert_dropout = 0.05
   config.data.vocab_size = 65_536
-  config.data.seq_len = 131_072
-  config.train.batch_size = 16  # 2 M tokens
-  config.train.accumulate = 16  # one sequence at a time, its tokens spread over all chips
+  config.mesh.fsdp = 16
+  config.mesh.expert = 8
+  if context == "128k":
+    config.data.seq_len = 131_072
+    config.train.batch_size = 16  # 2 M tokens
+    config.train.accumulate = 16  # one sequence at a time, its tokens spread over all chips
+  else:
+    config.data.seq_len = 8192
+    config.train.batch_size = 256
+    config.train.accumulate = 2  # one sequence a chip
   config.train.steps = 100_000
   config.train.learning_rate = 3e-4
   config.train.warmup_steps = 2000

@@ -36,7 +36,7 @@ class Collective:
     opcode: all-gather | all-reduce | reduce-scatter | all-to-all | ragged-all-to-all | collective-permute | ...
     axes: of the mesh, along which its devices differ.
     size: devices that talk to each other.
-    result_bytes: of what each device has afterwards.
+    result_bytes: of what each device has afterwards; of a ragged exchange, of all rows that it can have to send.
     times: how often it runs, loops multiplied.
   """
 
@@ -72,7 +72,7 @@ def collectives(text: str, axis_sizes: dict[str, int]) -> list[Collective]:
   for name, lines in computations.items():
     if not times[name]:
       continue
-    for line in lines:
+    for line in lines.values():
       match = _COLLECTIVE.search(line)
       if not match:
         continue
@@ -82,30 +82,33 @@ def collectives(text: str, axis_sizes: dict[str, int]) -> list[Collective]:
       shape = line[: match.start()].strip()
       size, axes = _group(line, axis_sizes)
       length = _bytes(_result(shape, opcode) if started else shape)
+      if opcode == "ragged-all-to-all":  # there its buffers are for the worst case, and back what it comes from is
+        operand = line[match.end() :].split(",")[0].split()[-1].lstrip("%")
+        length = min(length, _bytes(lines.get(operand, shape).split("(")[0]))
       if name.startswith("all-reduce-scatter"):
         length //= max(size, 1)
       found[(opcode, axes, size, length)] += times[name]
   return [Collective(*key, count) for key, count in sorted(found.items())]
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """Returns computation -> the right-hand sides of its instructions, and the entry's name."""
-  computations, entry, lines = {}, "", []
+def _computations(text: str) -> tuple[dict[str, dict[str, str]], str]:
+  """Returns computation -> instruction -> its right-hand side, and the entry's name."""
+  computations, entry, lines = {}, "", {}
   for line in text.splitlines():
     header = _COMPUTATION.match(line.rstrip())
     if header:
-      lines = computations.setdefault(header[2], [])
+      lines = computations.setdefault(header[2], {})
       entry = header[2] if header[1] else entry
     elif match := _INSTRUCTION.match(line):
-      lines.append(match[2])
+      lines[match[1]] = match[2]
   return computations, entry
 
 
-def _times(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
+def _times(computations: dict[str, dict[str, str]], entry: str) -> dict[str, int]:
   """Returns how often each computation runs; of a branch's alternatives every one counts as taken."""
   callers = collections.defaultdict(list)  # computation -> (caller, times in each of its runs)
   for caller, lines in computations.items():
-    for line in lines:
+    for line in lines.values():
       trips = _trips(line, computations) if re.search(r"\bwhile\(", line) else 1
       called = _CALLED.findall(line)
       for group in _BRANCHES.findall(line):
@@ -122,12 +125,12 @@ def _times(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
   return {name: times(name) for name in computations}
 
 
-def _trips(line: str, computations: dict[str, list[str]]) -> int:
+def _trips(line: str, computations: dict[str, dict[str, str]]) -> int:
   """Returns how often a loop goes round: as the compiler says, or else the constant that its condition names."""
   if match := _TRIPS.search(line):
     return int(match[1])
   condition = re.search(r"condition=%?([\w.\-]+)", line)
-  constants = [int(m[1]) for part in computations.get(condition[1], []) if (m := _CONSTANT.match(part))]
+  constants = [int(m[1]) for part in computations.get(condition[1], {}).values() if (m := _CONSTANT.match(part))]
   return max(constants, default=1)
 
 

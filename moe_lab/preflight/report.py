@@ -9,7 +9,7 @@ import jax
 from moe_lab.config.schema import Config
 from moe_lab.preflight.chips import chip_of
 from moe_lab.preflight.compile import compile_train_step
-from moe_lab.preflight.roofline import roofline
+from moe_lab.preflight.roofline import bytes_sent, roofline
 from moe_lab.preflight.topology import topology_devices
 from moe_lab.sharding.mesh import make_mesh
 from moe_lab.train.optimizer import make_optimizer
@@ -47,7 +47,7 @@ def preflight(config: Config, topology: str) -> dict:
   total, active = parameter_counts(config)
   sent = collections.Counter()
   for collective in compiled.collectives:
-    sent[f"{collective.opcode} over {'+'.join(collective.axes) or 'nothing'}"] += collective.bytes_per_chip
+    sent[f"{collective.opcode} over {'+'.join(collective.axes) or 'nothing'}"] += bytes_sent(collective, config)
   return {
     "fits": compiled.peak_bytes <= chip.memory_bytes,
     "bytes_per_chip": compiled.peak_bytes,

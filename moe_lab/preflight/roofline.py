@@ -15,6 +15,7 @@ from moe_lab.evaluate.flops import forward_flops_per_token
 from moe_lab.nn.attention import layer_windows
 from moe_lab.preflight.chips import Chip
 from moe_lab.preflight.compile import Compiled
+from moe_lab.preflight.hlo import Collective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,12 @@ def mean_context(config: Config) -> float:
   return total / config.model.num_kv_heads
 
 
+def bytes_sent(collective: Collective, config: Config) -> float:
+  """Returns what a chip sends by a collective in a step; of a ragged one, the rows of the mean count of experts."""
+  ragged = collective.opcode == "ragged-all-to-all"
+  return collective.bytes_per_chip * (config.routing.mean_count / config.routing.slots if ragged else 1.0)
+
+
 def roofline(config: Config, compiled: Compiled, chip: Chip, chips: int) -> Roofline:
   """Returns the least time of a training step, under the assumptions above."""
   forward = forward_flops_per_token(config, config.routing.mean_count, mean_context(config))["total"]
@@ -72,7 +79,7 @@ def roofline(config: Config, compiled: Compiled, chip: Chip, chips: int) -> Roof
   return Roofline(
     compute=passes * forward * tokens / chip.flops,
     memory=(passes * config.train.accumulate * gathered + update) / chip.memory_bandwidth,
-    network=sum(c.bytes_per_chip for c in compiled.collectives) / chip.link_bandwidth,
+    network=sum(bytes_sent(c, config) for c in compiled.collectives) / chip.link_bandwidth,
     flops_per_token=passes * forward,
     model_flops_per_token=3 * forward,
   )

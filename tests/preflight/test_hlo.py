@@ -36,6 +36,9 @@ ENTRY %main.9 (p: f32[4,8]) -> f32[4,8] {
   %w = (s32[], f32[4,8]) while(%init), condition=%condition.1, body=%body.1
   %v = (s32[], f32[4,8]) while(%w), condition=%condition.1, body=%body.1, backend_config={"known_trip_count":{"n":"3"}}
   %f = f32[4,8] fusion(%q), kind=kCustom, calls=%all-reduce-scatter.3
+  %b = f32[16,8] broadcast(%z)
+  %there = f32[16,8] ragged-all-to-all(%f, %b, %o, %n, %o, %n), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %back = f32[4,8] ragged-all-to-all(%there, %f, %o, %n, %o, %n), replica_groups={{0,1,2,3},{4,5,6,7}}
   %e = f32[4,8]{1,0} all-reduce(%f), replica_groups={}, to_apply=%add.1
   ROOT %m = f32[4,8] collective-permute(%e), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
 }
@@ -49,13 +52,14 @@ def test_by_hand():
     Collective("all-gather", ("expert",), 4, 16 * 8 * 2, 15),
     Collective("all-reduce", ("data", "expert"), 8, 4 * 8 * 4, 1),
     Collective("collective-permute", ("expert",), 8, 4 * 8 * 4, 1),
+    Collective("ragged-all-to-all", ("expert",), 4, 4 * 8 * 4, 2),
     Collective("reduce-scatter", ("data",), 2, 4 * 8 * 4, 1),
   ]
   assert collectives(TEXT, MESH) == want
   # A ring sends all parts but the own; summing and sharing the sum takes it twice.
   assert want[0].bytes_per_chip == 15 * 128 / 2
   assert want[2].bytes_per_chip == 2 * 128 * 7 / 8
-  assert want[4].bytes_per_chip == 128
+  assert want[5].bytes_per_chip == 128
 
 
 _CHECKS = """

@@ -18,10 +18,14 @@ from moe_lab.ops.attention import attention
 from moe_lab.ops.alibi import windows
 from moe_lab.sharding.mesh import make_mesh
 from moe_lab.sharding.rules import BATCH, token_spec
-from moe_lab.sharding.sequence import common_windows, spread_attention
+from moe_lab.sharding.sequence import common_windows, halos, spread_attention
 
 assert common_windows((5, 9, 40, None), 1) == (5, 9, 40, None)
 assert common_windows((5, 9, 40, None), 2) == (40, None) and common_windows((7, 5, 6, 8), 2) == (7, 8)
+
+# Stretches of 8: with 9 keys a query needs the 8 before it. Where half of all stretches are wanted, all are gathered.
+assert halos((5, 9, 10, 40, None), 8, 16) == [(slice(0, 2), 1), (slice(2, 3), 2), (slice(3, 4), 5), (slice(4, 5), None)]
+assert halos((1, 9, 10, 40, None), 8, 8) == [(slice(0, 1), 0), (slice(1, 2), 1), (slice(2, 3), 2), (slice(3, 5), None)]
 
 slopes = np.float32([0.5, 0.3, 0.16, 0.0])
 window_M = windows(slopes, 2.0)
@@ -31,6 +35,7 @@ CASES = (
   (dict(data=2, expert=2, sequence=2), 4, 80, by_sequence),
   (dict(data=2, expert=2, model=2), 4, 40, by_sequence),
   (dict(fsdp=2, expert=2, sequence=2), 1, 144, by_stretch),  # too few sequences
+  (dict(sequence=8), 1, 320, by_sequence),  # halos of one and two stretches
   (dict(expert=4, model=2), 1, 144, by_stretch),
   (dict(expert=8), 2, 50, P()),
 )

@@ -15,8 +15,6 @@ from moe_lab.sharding.mesh import make_mesh
 from moe_lab.train.optimizer import make_optimizer
 from moe_lab.train.state import initial_state
 
-GIB = 2**30
-
 
 def parameter_counts(config: Config) -> tuple[int, int]:
   """Returns the parameters, and those that a token with the most experts takes part of."""
@@ -76,25 +74,36 @@ def preflight(config: Config, topology: str) -> dict:
 
 def table(result: dict) -> str:
   """Returns the result in lines for people."""
-  mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items() if size > 1) or "one chip"
+  mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items() if size > 1) or "nothing shared"
   over = result["bytes_per_chip"] - result["chip_bytes"]
-  verdict = "fits" if result["fits"] else f"does not fit: {over / GIB:.1f} GiB too much"
+  verdict = "fits" if result["fits"] else f"does not fit, {_bytes(over)} too much"
   rows = [
     ("topology", f"{result['topology']}, {result['chips']} chips: {mesh}"),
-    ("parameters", f"{result['params_total'] / 1e9:.2f} B, at most {result['params_active'] / 1e9:.2f} B active"),
-    ("a chip holds", f"{result['bytes_per_chip'] / GIB:.1f} of {result['chip_bytes'] / GIB:.0f} GiB: {verdict}"),
-    ("  parameters", f"{result['parameter_bytes'] / GIB:.2f} GiB"),
-    ("  optimizer", f"{result['optimizer_bytes'] / GIB:.2f} GiB"),
-    ("  temporaries", f"{result['temporary_bytes'] / GIB:.2f} GiB ({result['dispatch']})"),
+    ("parameters", f"{_count(result['params_total'])}, at most {_count(result['params_active'])} active"),
+    ("a chip holds", f"{_bytes(result['bytes_per_chip'])} of {_bytes(result['chip_bytes'])}: {verdict}"),
+    ("  parameters", _bytes(result["parameter_bytes"])),
+    ("  optimizer", _bytes(result["optimizer_bytes"])),
+    ("  temporaries", f"{_bytes(result['temporary_bytes'])} ({result['dispatch']})"),
     ("tokens a step", f"{result['tokens_per_step']:,}"),
-    ("FLOPs a token", f"{result['flops_per_token'] / 1e9:.1f} G in training"),
-    ("a step takes", f"{result['step_seconds']:.2f} s at least, by {result['binds']}"),
-    ("  compute", f"{result['compute_seconds']:.2f} s"),
-    ("  memory", f"{result['memory_seconds']:.2f} s"),
-    ("  network", f"{result['network_seconds']:.2f} s"),
-    ("roofline share", f"{result['roofline_share']:.0%} of the peak"),
-    *((f"  {name}", f"{sent / GIB:.2f} GiB a chip and step") for name, sent in result["collective_bytes"].items()),
-    ("compiled in", f"{result['compile_seconds']:.0f} s"),
+    ("FLOPs a token", f"{_count(result['flops_per_token'])}, in training"),
+    ("a step takes", f"{_seconds(result['step_seconds'])} at least, by {result['binds']}"),
+    *((f"  {part}", _seconds(result[f"{part}_seconds"])) for part in ("compute", "memory", "network")),
+    ("roofline share", f"{result['roofline_share']:.0%} of the chips' peak"),
+    ("a chip sends", f"{_bytes(sum(result['collective_bytes'].values()))} a step"),
+    *((f"  {name}", _bytes(sent)) for name, sent in result["collective_bytes"].items()),
+    ("compiled in", _seconds(result["compile_seconds"])),
   ]
   width = max(len(name) for name, _ in rows)
   return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _bytes(n: float) -> str:
+  return f"{n / 2**30:,.1f} GiB" if n >= 2**30 else f"{n / 2**20:,.1f} MiB"
+
+
+def _count(n: float) -> str:
+  return f"{n / 1e9:,.1f} G" if n >= 1e9 else f"{n / 1e6:,.1f} M"
+
+
+def _seconds(n: float) -> str:
+  return f"{n:,.1f} s" if n >= 1 else f"{n * 1e3:,.2f} ms"

@@ -77,8 +77,8 @@ def from_json(text: str, source: str = "config.json") -> Config:
     raw = json.loads(text)
   except ValueError as error:
     raise UserError(f"{source} is not valid JSON: {error}") from None
-  # A file without our sections would otherwise read as all defaults.
-  missing = [section for section in SECTIONS if not isinstance(raw, dict) or section not in raw]
+  # A file without our sections would otherwise read as all defaults. Runs from before there were meshes have none.
+  missing = [name for name in SECTIONS if name != "mesh" and (not isinstance(raw, dict) or name not in raw)]
   if missing:
     raise UserError(f"{source} is not the configuration of a run: it has no section {missing[0]!r}")
   try:

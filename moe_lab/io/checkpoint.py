@@ -104,7 +104,7 @@ class Checkpointer:
 
     Args:
       abstract_state: pytree like the saved one, of arrays or `jax.ShapeDtypeStruct`;
-        a leaf's sharding, when given, is where it goes.
+        a leaf's sharding is where it goes, by default this process's first device.
       step: which; None for the newest.
 
     Returns:
@@ -127,7 +127,12 @@ class Checkpointer:
     if not isinstance(side, dict) or not {"meta", "leaves"} <= side.keys():
       raise self._damaged(step, "its meta item is not one of this program's")
     self._check_fit(step, side["leaves"], _leaves(abstract_state))
-    state = self._read(step, state=ocp.args.StandardRestore(abstract_state)).state
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    # Left to itself Orbax looks for the devices that have saved it.
+    placed = jax.tree.map(
+      lambda leaf: leaf.update(sharding=here) if getattr(leaf, "sharding", here) is None else leaf, abstract_state
+    )
+    state = self._read(step, state=ocp.args.StandardRestore(placed)).state
     self._mine.add(step)
     return state, side["meta"], step
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from moe_lab.config.mesh import MeshConfig
 from moe_lab.config.schema import Config, ModelConfig, RoutingConfig, TrainConfig
 from moe_lab.errors import UserError
 from moe_lab.io import run as run_lib
@@ -179,6 +180,12 @@ def test_a_missing_run_names_the_nearest(tmp_path):
     run_lib.load_run(tmp_path)
   with pytest.raises(UserError, match="no such directory"):
     run_lib.load_run(tmp_path / "x" / "y" / "z")
+
+
+def test_a_run_may_go_on_on_other_devices(tmp_path):
+  start(tmp_path / "run").close()
+  start(tmp_path / "run", Config(mesh=MeshConfig(expert=4))).close()
+  assert run_lib.load_run(tmp_path / "run")[0].mesh.expert == 4
 
 
 def test_cadence_fields_exist():

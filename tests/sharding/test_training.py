@@ -90,7 +90,10 @@ with tempfile.TemporaryDirectory() as folder:
       mesh = make_mesh(MeshConfig(**axes), jax.devices()[:devices])
       abstract = jax.eval_shape(lambda: initial_state(config, optimizer))
       abstract = jax.tree.map(lambda x, s: x.update(sharding=s), abstract, state_shardings(abstract, mesh))
+      if devices == 1:  # as `load_model` asks for it
+        abstract = jax.eval_shape(lambda: initial_state(config, optimizer))
       restored, _, _ = checkpointer.restore(abstract)
+      assert devices > 1 or len(restored.params["embedding_VD"].sharding.device_set) == 1
       losses += trained(mesh, restored, batches[:1])[1]
     np.testing.assert_allclose(losses, losses[0], atol=1e-5)
 print("all equal")

@@ -42,7 +42,7 @@ def main(workdir: Path) -> dict:
   configs = {run.name: sweep.config(run) for run in sweep.runs}  # all of them now: no mistake waits for its turn
 
   from experiments.routing_study import measure, results, runner
-  from moe_lab.train.loop import PREEMPTED
+  from moe_lab.launch import local
   from moe_lab.train.signals import Preemption
 
   for run in sweep.runs:
@@ -53,13 +53,9 @@ def main(workdir: Path) -> dict:
 
   records = []
   with Preemption() as preemption:
-
-    def stop() -> None:
-      if preemption.requested:
-        raise SystemExit(PREEMPTED)
-
-    for run, done in zip(sweep.runs, runner.performed(jobs, FLAGS.workers, stop), strict=True):
-      records.append({"name": run.name, "labels": run.labels, "notes": run.notes} | done)
+    done = local.performed(jobs, runner.perform, FLAGS.workers, local.stop_of(preemption))
+    for run, measured in zip(sweep.runs, done, strict=True):
+      records.append({"name": run.name, "labels": run.labels, "notes": run.notes} | measured)
       print(f"[{len(records)}/{len(jobs)}] {run.name}: {results.line(records[-1])}", file=sys.stderr, flush=True)
       study = _study(records, sweep)
       results.save(workdir, study)

@@ -12,6 +12,7 @@ import pytest
 
 from experiments.routing_study import analyses, arms, results, runner
 from moe_lab.config.sweep import load_sweep
+from moe_lab.launch import local
 from moe_lab.report.study_page import study_page
 from tests.experiments.study_records import study_runs
 from tests.experiments.test_programs import ROOT
@@ -159,7 +160,8 @@ def test_the_committed_sweep(what):
     assert len(tuned) == len(reported) == 3 and not tuned & reported
 
 
-SWEEP = """from moe_lab.config import base_config
+SWEEP = """from moe_lab.launch import local
+from moe_lab.config import base_config
 from moe_lab.config.sweep import Sweep, axis, product
 
 def get_sweep(arg=None):
@@ -250,10 +252,9 @@ def test_a_worker_that_was_told_to_stop_takes_no_further_job(monkeypatch, tmp_pa
     taken.append(job.folder.name)
     raise SystemExit(75)
 
-  monkeypatch.setattr(runner, "perform", perform)
-  monkeypatch.setattr(runner, "_leaving", False)
-  monkeypatch.setattr(runner.os, "dup2", lambda *_: None)  # stderr stays pytest's
+  monkeypatch.setattr(local, "_leaving", False)
+  monkeypatch.setattr(local.os, "dup2", lambda *_: None)  # stderr stays pytest's
   for name in ("first", "second"):
     with pytest.raises(SystemExit):
-      runner._perform_apart(runner.Job(tmp_path / name, None, {}, "validation", []))
+      local._perform_apart(perform, runner.Job(tmp_path / name, None, {}, "validation", []))
   assert taken == ["first"]

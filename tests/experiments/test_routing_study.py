@@ -160,8 +160,7 @@ def test_the_committed_sweep(what):
     assert len(tuned) == len(reported) == 3 and not tuned & reported
 
 
-SWEEP = """from moe_lab.launch import local
-from moe_lab.config import base_config
+SWEEP = """from moe_lab.config import base_config
 from moe_lab.config.sweep import Sweep, axis, product
 
 def get_sweep(arg=None):

@@ -129,7 +129,7 @@ def measure(workdir: Path, split: str, notes: dict[str, str], cache_dir: Path, s
     "rules": {rule: record["rules"][rule] for rule in rules},
     "parameters": sum(leaf.size for leaf in jax.tree.leaves(loaded.params)),
     "training": training_cost(read_metrics(workdir)),
-    "alarms": alarms(own, loaded.budget, fixed_count=notes.get("role") == "fixed"),
+    "alarms": alarms(own, loaded.budget, fixed_count=loaded.config.routing.fixed),
     "dead_experts": dead_experts(own["load"]),
     "max_over_mean_load": max_over_mean_load(own["load"]),
   }

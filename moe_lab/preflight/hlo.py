@@ -19,6 +19,8 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r"^s32\[\](?:\{[^}]*\})? constant\((\d+)\)")
 _ARRAY = re.compile(r"\b(pred|bf16|f8\w*|[suf]\d+|c\d+)\[([\d,]*)\]")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? \{([^}]*)\}")
+_CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 _LISTED = re.compile(r"replica_groups=\{(\{.*?\})\}")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{.*?\})\}")
 _OPCODES = (
@@ -68,7 +70,7 @@ def collectives(text: str, axis_sizes: dict[str, int]) -> list[Collective]:
   """
   computations, entry = _computations(text)
   times = _times(computations, entry)
-  found = collections.Counter()
+  found, chains = collections.Counter(), set()
   for name, lines in computations.items():
     if not times[name]:
       continue
@@ -76,6 +78,11 @@ def collectives(text: str, axis_sizes: dict[str, int]) -> list[Collective]:
       match = _COLLECTIVE.search(line)
       if not match:
         continue
+      # On TPU a collective is written in each of the computations that it runs beside.
+      if chain := _CHAIN.search(line):
+        if chain.groups() in chains:
+          continue
+        chains.add(chain.groups())
       opcode, started = match.groups()
       if opcode == "all-reduce" and name.startswith("all-reduce-scatter"):  # TPU: it keeps its part and no more
         opcode = "reduce-scatter"
@@ -168,6 +175,11 @@ def _group(line: str, axis_sizes: dict[str, int]) -> tuple[int, tuple[str, ...]]
     groups, dims, order = (_numbers(part) for part in match.groups(default=""))
     ids = np.arange(np.prod(dims)).reshape(dims).transpose(order or range(len(dims))).reshape(groups)
     members = ids.reshape(-1, ids.shape[-1])[0]
+  elif match := _MESH.search(line):
+    sizes = {name.strip("' "): int(size) for name, size in (part.split("=") for part in match[1].split(","))}
+    varying = {name.strip("' ") for name in match[2].split(",")}
+    ids = np.arange(np.prod(list(sizes.values()))).reshape(tuple(sizes.values()))
+    members = ids[tuple(slice(None) if name in varying else 0 for name in sizes)].reshape(-1)
   elif match := _LISTED.search(line) or _PAIRS.search(line):
     members = np.array(_numbers(match[1].split("}")[0].strip("{")))
     if "source_target_pairs" in line:

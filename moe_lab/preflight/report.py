@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import resource
 
 import jax
 
@@ -69,6 +70,7 @@ def preflight(config: Config, topology: str) -> dict:
     "mesh": sizes,
     "dispatch": "dropless: buffers for the worst case" if config.model.dispatch != "capacity" else "capacity",
     "compile_seconds": compiled.compile_seconds,
+    "compile_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of this machine's memory
   }
 
 
@@ -91,7 +93,10 @@ def table(result: dict) -> str:
     ("roofline share", f"{result['roofline_share']:.0%} of the chips' peak"),
     ("a chip sends", f"{_bytes(sum(result['collective_bytes'].values()))} a step"),
     *((f"  {name}", _bytes(sent)) for name, sent in result["collective_bytes"].items()),
-    ("compiled in", _seconds(result["compile_seconds"])),
+    (
+      "compiled in",
+      f"{_seconds(result['compile_seconds'])} and {_bytes(result['compile_bytes'])} of this machine's memory",
+    ),
   ]
   width = max(len(name) for name, _ in rows)
   return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -19,7 +19,17 @@ HloModule jit_step, num_partitions=8
   %g = bf16[16,8]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
   %s = (bf16[4,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%x), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}
   %d = bf16[8,8]{1,0} all-gather-done(%s)
+  %h = (bf16[2,8], bf16[4,8]) fusion(%x), kind=kCustom, calls=%async_collective_fusion.1
+  %k = (bf16[2,8], bf16[4,8]) fusion(%x), kind=kCustom, calls=%async_collective_fusion.2
   ROOT %t = (s32[], f32[4,8]) tuple(%i, %y)
+}
+
+%async_collective_fusion.1 (p: bf16[2,8]) -> bf16[4,8] {
+  ROOT %c = bf16[4,8] all-gather(%p), channel_id=7, replica_groups=mesh['a'=2,'b'=1,'c'=4] {'a'}, more={chain_id="3"}
+}
+
+%async_collective_fusion.2 (p: bf16[2,8]) -> bf16[4,8] {
+  ROOT %c = bf16[4,8] all-gather(%p), channel_id=7, replica_groups=mesh['a'=2,'b'=1,'c'=4] {'a'}, more={chain_id="3"}
 }
 
 %condition.1 (p: (s32[], f32[4,8])) -> pred[] {
@@ -48,6 +58,7 @@ ENTRY %main.9 (p: f32[4,8]) -> f32[4,8] {
 def test_by_hand():
   # The loop goes round 12 times by its condition, then 3 times by its own word.
   want = [
+    Collective("all-gather", ("data",), 2, 4 * 8 * 2, 15),
     Collective("all-gather", ("data",), 2, 8 * 8 * 2, 15),
     Collective("all-gather", ("expert",), 4, 16 * 8 * 2, 15),
     Collective("all-reduce", ("data", "expert"), 8, 4 * 8 * 4, 1),
@@ -57,9 +68,9 @@ def test_by_hand():
   ]
   assert collectives(TEXT, MESH) == want
   # A ring sends all parts but the own; summing and sharing the sum takes it twice.
-  assert want[0].bytes_per_chip == 15 * 128 / 2
-  assert want[2].bytes_per_chip == 2 * 128 * 7 / 8
-  assert want[5].bytes_per_chip == 128
+  assert want[1].bytes_per_chip == 15 * 128 / 2
+  assert want[3].bytes_per_chip == 2 * 128 * 7 / 8
+  assert want[6].bytes_per_chip == 128
 
 
 _CHECKS = """

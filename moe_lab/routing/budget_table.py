@@ -49,8 +49,11 @@ def at(table: jax.Array, budget_T: jax.Array, config: RoutingConfig) -> jax.Arra
 
 
 def draw_budgets(key: jax.Array, num: int, config: RoutingConfig) -> jax.Array:
-  """Returns the budgets [num] that training asks of its sequences: uniform in log over the range, or the one."""
+  """Returns the budgets [num] that training asks of its sequences: uniform over the range, or the one.
+
+  Uniform in their logarithm they are low on average, and the model made nothing of a sixth expert.
+  """
   if not config.budget_range:
     return jnp.full(num, config.budget)
   low, high = config.budget_range
-  return low * jnp.exp(jax.random.uniform(key, (num,)) * np.log(high / low))
+  return low + jax.random.uniform(key, (num,)) * (high - low)

@@ -98,8 +98,8 @@ def test_another_config_is_refused_and_nothing_is_written(calm):
 def test_gradients_that_are_not_finite_stop_the_run(tmp_path, monkeypatch):
   from moe_lab.train import losses
 
-  real = losses.weighted_head_loss
-  monkeypatch.setattr(losses, "weighted_head_loss", lambda *a: jax.tree.map(lambda x: x * jnp.nan, real(*a)))
+  real = losses.spread_head_loss
+  monkeypatch.setattr(losses, "spread_head_loss", lambda *a: jax.tree.map(lambda x: x * jnp.nan, real(*a)))
   config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, max_skipped=2))
   with pytest.raises(RunError, match="not finite.*learning_rate"):
     train(config, tmp_path, tmp_path / "cache", ["test"])

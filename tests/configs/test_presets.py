@@ -49,7 +49,8 @@ def shrunken(config):
     model, dim=32, num_layers=model.num_dense_layers + 2, num_heads=2 * groups, num_kv_heads=2, head_dim=8,
     num_experts=experts, expert_dim=16, dense_dim=32,
   )  # fmt: skip
-  routing = dataclasses.replace(config.routing, k_max=slots, k=min(config.routing.k, slots), warmup_steps=1)
+  counts = dict(k=slots) if config.routing.fixed else dict(k_max=slots)
+  routing = dataclasses.replace(config.routing, **counts, warmup_steps=1)
   return dataclasses.replace(
     config,
     model=small,

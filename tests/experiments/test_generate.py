@@ -76,7 +76,7 @@ def test_a_line_that_is_not_utf8_does_not_end_the_talk(model, monkeypatch, capsy
 
 
 def test_an_interrupt_ends_a_response_and_the_talk_goes_on(model, monkeypatch):
-  build, calls = model.engine, []
+  build, calls, before = model.engine, [], signal.getsignal(signal.SIGINT)
 
   def engine(*arguments, **named):
     built = build(*arguments, **named)
@@ -95,4 +95,4 @@ def test_an_interrupt_ends_a_response_and_the_talk_goes_on(model, monkeypatch):
   monkeypatch.setattr(model, "engine", engine)
   result = talk(model, monkeypatch, b"ab\ncd\n")
   assert result["turns"] == 2 and result["tokens"] > 2
-  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  assert signal.getsignal(signal.SIGINT) is before

@@ -58,7 +58,7 @@ def test_bfloat16_stays_near_float32():
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_the_slope_is_exact_at_the_end_of_128k(dtype):
   # Queries and keys of zero leave the slope alone: rows are geometric means of the values before them. The values are
-  # small integers, exact in bfloat16 too, whose results round to 2^-9.
+  # small integers, exact in bfloat16 too, where results round to 2^-9, and since jax 0.12 the weights before them.
   length, slope = 131_072, np.float32(2.0**-0.5)
   zeros = np.zeros((1, length, 1, 8), dtype)
   v = (np.arange(length)[::-1] % 8).astype(dtype)[None, :, None, None] + zeros
@@ -69,7 +69,7 @@ def test_the_slope_is_exact_at_the_end_of_128k(dtype):
   for row in (131_071, 131_070, 131_000, 130_999, 65_536, 128):
     values = np.float64(v[0, row - 99 : row + 1, 0, 0])[::-1]
     want = weights @ values / weights.sum()
-    assert abs(got[row] - want) <= (1e-5 if dtype == np.float32 else 2**-8 * want), row
+    assert abs(got[row] - want) <= (1e-5 if dtype == np.float32 else 2**-7 * want), row
 
 
 def test_what_it_does_not_serve_is_nan():

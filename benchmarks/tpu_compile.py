@@ -13,21 +13,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from benchmarks import results
 from moe_lab.config.mesh import MeshConfig
 from moe_lab.config.schema import Config, DataConfig, ModelConfig, RoutingConfig, TrainConfig
 from moe_lab.nn.transformer import Transformer
+from moe_lab.preflight.compile import train_step_inputs
 from moe_lab.preflight.topology import topology_devices
 from moe_lab.sharding.mesh import make_mesh
-from moe_lab.sharding.rules import batch_sharding, state_shardings
 from moe_lab.train.optimizer import make_optimizer
-from moe_lab.train.state import initial_state
 from moe_lab.train.step import make_train_step
-from moe_lab.types import Batch
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1")
 MESHES = MeshConfig(data=1), MeshConfig(data=1, expert=4)
@@ -78,14 +74,7 @@ def compile_for(topology: str, config: Config, mesh_config: MeshConfig) -> dict:
   """
   mesh = topology_mesh(topology, mesh_config)
   optimizer = make_optimizer(config.train)
-  state = jax.eval_shape(lambda: initial_state(config, optimizer))
-  rows = jax.ShapeDtypeStruct((config.train.batch_size, config.data.seq_len + 1), jnp.int32)
-  batch = Batch(rows, rows, rows)
-  shardings = state_shardings(state, mesh), jax.tree.map(lambda _: batch_sharding(mesh, config.train.batch_size), batch)
-  inputs = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), (state, batch), shardings
-  )
-  lowered = make_train_step(config, Transformer(config, mesh), optimizer).lower(*inputs)
+  lowered = make_train_step(config, Transformer(config, mesh), optimizer).lower(*train_step_inputs(config, mesh))
   start = time.perf_counter()
   compiled = lowered.compile()
   seconds = time.perf_counter() - start

@@ -1,6 +1,7 @@
 """Compiles a training step for chips that are not here, and reads off what each of them would hold and send."""
 
 import dataclasses
+import math
 import time
 
 import jax
@@ -41,7 +42,7 @@ class Compiled:
 def sharded_bytes(tree) -> int:
   """Returns the bytes of a chip's part of arrays, given as shapes with shardings."""
   leaves = jax.tree.leaves(tree)
-  return sum(int(jnp.dtype(x.dtype).itemsize) * _size(x.sharding.shard_shape(x.shape)) for x in leaves)
+  return sum(int(jnp.dtype(x.dtype).itemsize) * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
 
 
 def train_step_inputs(config: Config, mesh: Mesh):
@@ -75,10 +76,3 @@ def compile_train_step(config: Config, mesh: Mesh) -> Compiled:
     collectives=collectives(compiled.as_text(), dict(mesh.shape)),
     compile_seconds=seconds,
   )
-
-
-def _size(shape: tuple[int, ...]) -> int:
-  size = 1
-  for n in shape:
-    size *= n
-  return size

@@ -1,7 +1,6 @@
 """What a preflight says: does it fit, what binds, and the numbers behind."""
 
 import collections
-import dataclasses
 import math
 import resource
 
@@ -38,10 +37,8 @@ def preflight(config: Config, topology: str) -> dict:
     UserError: no compiler for TPU, no such topology or chip, or a mesh that it has not the chips for.
   """
   chip, devices = chip_of(topology), topology_devices(topology)
-  sizes = config.mesh.sizes(len(devices))
-  mesh_config = dataclasses.replace(config.mesh, data=sizes["data"])
-  config = dataclasses.replace(config, mesh=mesh_config)
-  compiled = compile_train_step(config, make_mesh(mesh_config, devices))
+  mesh = make_mesh(config.mesh, devices)
+  compiled = compile_train_step(config, mesh)
   bound = roofline(config, compiled, chip, len(devices))
   total, active = parameter_counts(config)
   sent = collections.Counter()
@@ -67,7 +64,7 @@ def preflight(config: Config, topology: str) -> dict:
     "tokens_per_step": config.train.batch_size * config.data.seq_len,
     "topology": topology,
     "chips": len(devices),
-    "mesh": sizes,
+    "mesh": dict(mesh.shape),
     "dispatch": "dropless: buffers for the worst case" if config.model.dispatch != "capacity" else "capacity",
     "compile_seconds": compiled.compile_seconds,
     "compile_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of this machine's memory

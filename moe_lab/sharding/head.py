@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_lab.ops.cross_entropy import weighted_head_loss
 from moe_lab.sharding.gather import gathered
-from moe_lab.sharding.rules import AXES, parameter_spec, token_spec
+from moe_lab.sharding.rules import AXES, num_along, parameter_spec, token_spec
 
 
 def spread_head_loss(
@@ -54,7 +54,5 @@ def _tokens_of_all(mesh: Mesh | None, batch: int, length: int) -> P | None:
   if spec == P():
     return None
   stretch = (spec[1],) if isinstance(spec[1], str) else spec[1]
-  parts = mesh.shape["model"]
-  for axis in stretch:
-    parts *= mesh.shape[axis]
-  return P(spec[0], (*stretch, "model")) if length % parts == 0 else None
+  parts = (*stretch, "model")
+  return P(spec[0], parts) if length % num_along(mesh, parts) == 0 else None

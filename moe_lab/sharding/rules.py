@@ -5,6 +5,7 @@ A parameter's name ends with its dimensions (`gate_EDF`), in the letters of
 So a name says how its array is spread, and so for the optimizer's moments, which have the same names.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -73,6 +74,11 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
   return jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(state), is_leaf=is_spec)
 
 
+def num_along(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+  """Returns how many devices an entry of a spec spreads a dimension over."""
+  return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
 def token_spec(mesh: Mesh | None, batch: int, length: int) -> P:
   """Returns how [B, L, ...] is spread.
 
@@ -81,7 +87,7 @@ def token_spec(mesh: Mesh | None, batch: int, length: int) -> P:
   """
   if mesh is None or mesh.size == 1:
     return P()
-  readers, stretches = _size(mesh, BATCH), mesh.shape["sequence"]
+  readers, stretches = num_along(mesh, BATCH), mesh.shape["sequence"]
   if batch % readers == 0 and length % stretches == 0:
     return P(BATCH, "sequence")
   return P(None, (*BATCH, "sequence")) if length % (readers * stretches) == 0 else P()
@@ -89,17 +95,10 @@ def token_spec(mesh: Mesh | None, batch: int, length: int) -> P:
 
 def batch_sharding(mesh: Mesh, batch: int) -> NamedSharding:
   """Returns how rows [B, ...] come to the devices: over the batch axes, or to all where B is not divisible."""
-  return NamedSharding(mesh, P(BATCH) if batch % _size(mesh, BATCH) == 0 else P())
+  return NamedSharding(mesh, P(BATCH) if batch % num_along(mesh, BATCH) == 0 else P())
 
 
 def spread(x_BL: jax.Array, mesh: Mesh | None) -> jax.Array:
   """Asks for `token_spec`, of an array [B, L, ...]; changes nothing on one device."""
   spec = token_spec(mesh, *x_BL.shape[:2])
   return x_BL if spec == P() else jax.lax.with_sharding_constraint(x_BL, NamedSharding(mesh, spec))
-
-
-def _size(mesh: Mesh, axes: tuple[str, ...]) -> int:
-  size = 1
-  for axis in axes:
-    size *= mesh.shape[axis]
-  return size

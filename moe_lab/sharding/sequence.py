@@ -7,7 +7,6 @@ everything costs the last device twice the mean.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_lab.ops.attention import attention
 from moe_lab.sharding.gather import gathered
-from moe_lab.sharding.rules import token_spec
+from moe_lab.sharding.rules import num_along, token_spec
 
 
 def halos(window_M: tuple[int | None, ...], stretch: int, devices: int) -> list[tuple[slice, int | None]]:
@@ -93,7 +92,7 @@ def spread_attention(
     return run(q_BLNH, k_BLMH, v_BLMH, slope_M, segment_BL, segment_BL, offset=offset)
   tokens = token_spec(mesh, *segment_BL.shape)
   axes = tokens[1] if len(tokens) > 1 else None  # that a sequence's tokens are spread over
-  devices = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+  devices = num_along(mesh, axes)
   window_M = common_windows(window_M, mesh.shape["model"])
   parts = halos(window_M, segment_BL.shape[1] // devices, devices)
 

@@ -1,7 +1,16 @@
 """Preemption: SIGTERM asks for a save, and the loop looks between steps."""
 
+import collections
 import signal
 import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+_LAG = 2  # steps
 
 
 class Preemption:
@@ -31,3 +40,29 @@ class Preemption:
   def _request(self, *_) -> None:
     self.requested = True
     print("SIGTERM: saving after this step", file=sys.stderr, flush=True)
+
+
+class AnyPreempted:
+  """Whether any process of a run has been asked to stop: all get the same answer at the same step.
+
+  jax's own service for this (`multihost_utils.reached_preemption_sync_point`) wants SIGTERM for itself, and to be asked
+  at every step by the loop alone, while Orbax asks it too, from a thread and about the step that it saves. So the
+  question goes along with the steps instead, one number a device. To wait for the answer would keep the host from
+  preparing the next step while the devices compute: it is that of two steps ago.
+  """
+
+  def __init__(self, preemption: Preemption, mesh: Mesh | None):
+    self._preemption = preemption
+    self._answers: collections.deque[jax.Array] = collections.deque()
+    if jax.process_count() > 1:
+      self._spread = NamedSharding(mesh, P(mesh.axis_names))
+      self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
+
+  def requested(self) -> bool:
+    """To be called once before every step, by all processes."""
+    if jax.process_count() == 1:
+      return self._preemption.requested
+    mine = np.full(1, self._preemption.requested)
+    asked = jax.make_array_from_callback((self._spread.mesh.size,), self._spread, lambda _: mine)
+    self._answers.append(self._any(asked))
+    return len(self._answers) > _LAG and bool(self._answers.popleft())

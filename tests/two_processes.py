@@ -21,12 +21,13 @@ def free_port() -> int:
     return listener.getsockname()[1]
 
 
-def start(*command: str, folder: Path = ROOT, **environment: str) -> list[subprocess.Popen]:
-  """Starts a Python command twice, as process 0 and process 1."""
-  where = f"--coordinator_address=127.0.0.1:{free_port()}"
+def start(*command: str, folder: Path = ROOT, second: str = "", **environment: str) -> list[subprocess.Popen]:
+  """Starts a Python command twice, as process 0 and process 1; `second` is an argument that only the latter gets."""
+  where = (f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2")
+  own = (("--process_id=0",), ("--process_id=1", *filter(None, [second])))
   return [
     subprocess.Popen(
-      [sys.executable, *command, where, "--num_processes=2", f"--process_id={index}"],
+      [sys.executable, *command, *where, *own[index]],
       cwd=folder,
       env=ENVIRONMENT | environment,
       stdout=subprocess.PIPE,

@@ -26,11 +26,10 @@ def main(config: Config, workdir: Path) -> dict | None:
   """Trains `config` in `workdir` and returns the result; None but in the process that writes."""
   given = hosts.given(FLAGS)
   from moe_lab.io.hosts import is_first, joined
+  from moe_lab.report.run_page import write_report
+  from moe_lab.train.loop import train
 
   with joined(given):
-    from moe_lab.report.run_page import write_report
-    from moe_lab.train.loop import train
-
     result = train(config, workdir, program.cache_dir(), sys.argv)
     return result | {"report": write_report(workdir)} if is_first() else None
 

@@ -81,6 +81,11 @@ def train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_
     RunError: the run failed (not finite, disk full).
     SystemExit: 75 after SIGTERM to any process, with everything saved.
   """
+  with Preemption() as preemption:  # first, for once hosts have met jax takes SIGTERM and keeps it to itself
+    return _train(config, workdir, cache_dir, argv, stop_at, preemption)
+
+
+def _train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_at, preemption: Preemption) -> dict:
   hosts.check_same("the configuration", to_json(config))
   mesh = mesh_or_none(config.mesh)  # first, for it says what does not fit
   data = open_data(config.data, cache_dir)
@@ -93,7 +98,7 @@ def train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_
       Checkpointer(workdir, config.train.keep_checkpoints) as checkpointer,
       MetricsWriter(workdir) if first else NoWriter() as writer,
     ):
-      with Progress(config.train.steps, shown=first) as progress, Preemption() as preemption:
+      with Progress(config.train.steps, shown=first) as progress:
         if jax.default_backend() == "cpu":
           run.note(cpu_kernels="native" if native.available() else "XLA")
         return _Training(config, mesh, run, data, checkpointer, writer, progress, preemption, stop_at).run()
@@ -115,7 +120,7 @@ class _Training:
     """Trains to the end; see `train`."""
     config = self.config.train
     state, step = self._start()
-    train_step = make_train_step(self.config, self.model, self.optimizer)
+    train_step = self.preempted.along(make_train_step(self.config, self.model, self.optimizer))
     since, first, started = None, step, time.monotonic()
     while step < config.steps:
       if self.preempted.requested() or step == self.stop_at:

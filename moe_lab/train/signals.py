@@ -1,16 +1,16 @@
 """Preemption: SIGTERM asks for a save, and the loop looks between steps."""
 
 import collections
+import functools
 import signal
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-_LAG = 2  # steps
 
 
 class Preemption:
@@ -47,22 +47,35 @@ class AnyPreempted:
 
   jax's own service for this (`multihost_utils.reached_preemption_sync_point`) wants SIGTERM for itself, and to be asked
   at every step by the loop alone, while Orbax asks it too, from a thread and about the step that it saves. So the
-  question goes along with the steps instead, one number a device. To wait for the answer would keep the host from
-  preparing the next step while the devices compute: it is that of two steps ago.
+  question goes along with the training step, one number a device. As a program of its own beside the step it would
+  deadlock on CPU, where two programs that talk to other devices get in each other's way.
   """
 
   def __init__(self, preemption: Preemption, mesh: Mesh | None):
-    self._preemption = preemption
+    self._preemption, self._mesh = preemption, mesh
     self._answers: collections.deque[jax.Array] = collections.deque()
-    if jax.process_count() > 1:
-      self._spread = NamedSharding(mesh, P(mesh.axis_names))
-      self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
+
+  def along(self, train_step: Callable) -> Callable:
+    """Returns `train_step` (of a state, which it takes for itself, and a batch), with the question in it."""
+    if jax.process_count() == 1:
+      return train_step
+    by_device, copied = (NamedSharding(self._mesh, P(*axes)) for axes in ((self._mesh.axis_names,), ()))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def both(state, batch, asked):
+      return *train_step(state, batch), jax.lax.with_sharding_constraint(jnp.any(asked), copied)
+
+    def step(state, batch):
+      mine = np.full(1, self._preemption.requested)
+      asked = jax.make_array_from_callback((self._mesh.size,), by_device, lambda _: mine)
+      *results, answer = both(state, batch, asked)
+      self._answers.append(answer)
+      return results
+
+    return step
 
   def requested(self) -> bool:
-    """To be called once before every step, by all processes."""
+    """Returns the answer of the step before the last: to wait for the last would hold up the next one's preparation."""
     if jax.process_count() == 1:
       return self._preemption.requested
-    mine = np.full(1, self._preemption.requested)
-    asked = jax.make_array_from_callback((self._spread.mesh.size,), self._spread, lambda _: mine)
-    self._answers.append(self._any(asked))
-    return len(self._answers) > _LAG and bool(self._answers.popleft())
+    return len(self._answers) > 1 and bool(self._answers.popleft())

@@ -52,7 +52,8 @@ figure{margin:.5rem 0;min-width:0}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;margin:.4rem 0}
 caption{text-align:left;padding-bottom:.3rem}
 th,td{padding:.25rem .8rem .25rem 0;text-align:left;border-bottom:1px solid var(--edge);vertical-align:top}
-th{font-weight:600}.sortable thead th{cursor:pointer}th[aria-sort=ascending]::after{content:" \\2191"}
+th{font-weight:600}.sortable thead th{cursor:pointer}.sortable tbody th{white-space:nowrap}
+th[aria-sort=ascending]::after{content:" \\2191"}
 th[aria-sort=descending]::after{content:" \\2193"}a{color:var(--accent)}
 .n{text-align:right}td.wrap{overflow-wrap:anywhere;min-width:10rem}
 .bar{display:inline-block;height:.7rem;background:var(--accent);border-radius:2px}

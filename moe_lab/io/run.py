@@ -156,6 +156,14 @@ def load_run(workdir: Path) -> tuple[Config, dict]:
   return from_json(text, source=str(paths[0])), info
 
 
+def is_finished(workdir: Path, config: Config) -> bool:
+  """Returns whether `workdir` holds this very run, trained and evaluated to the end.
+
+  A run of another configuration is not finished: `train` then says in which field it differs.
+  """
+  return (workdir / "evaluation.json").is_file() and load_run(workdir)[0] == config
+
+
 def _check_place(workdir: Path) -> None:
   if workdir.exists() and not workdir.is_dir():
     raise UserError(f"--workdir={workdir} is a file: wanted a directory")
@@ -168,7 +176,13 @@ def _check_place(workdir: Path) -> None:
       )
 
 
-def _check_same(workdir: Path, old: Config, new: Config, info: dict, fingerprint: str) -> None:
+def check_config(workdir: Path, config: Config) -> None:
+  """Raises UserError where `workdir` holds a run that `config` cannot go on with."""
+  if (workdir / "config.json").is_file():
+    _check_same_config(workdir, load_run(workdir)[0], config)
+
+
+def _check_same_config(workdir: Path, old: Config, new: Config) -> None:
   changed = [entry for entry in diff(old, new) if entry[0] not in _MAY_CHANGE]
   if changed:
     field, was, is_now = changed[0]
@@ -177,6 +191,10 @@ def _check_same(workdir: Path, old: Config, new: Config, info: dict, fingerprint
       f"config.{field} = {is_now!r}, but the run in {workdir} has {was!r}{more}:"
       " use another --workdir, or the same values"
     )
+
+
+def _check_same(workdir: Path, old: Config, new: Config, info: dict, fingerprint: str) -> None:
+  _check_same_config(workdir, old, new)
   was = info.get("tokenizer_fingerprint")
   if was != fingerprint:
     raise UserError(

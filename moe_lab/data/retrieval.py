@@ -5,12 +5,12 @@ Half of the rows, by chance, are of each kind:
   passkey   `!` and four digits somewhere in the filler; asked for with `?` `!`, and the digits
   multikey  eight pairs of a key and its value, all keys different, each somewhere; asked for with `?`, a key, its value
 
-Filler is one sentence over and over, as the passkey task has it: what is left to learn is the answers. In training facts
-are told in a row's first half and asked for over and over in its second, each time one by chance, so that answers lie
-far back too and a row teaches a lot. A multikey row has from one pair to all keys, few more often than many: with eight
-and more from the start, a small model does not find out that a key's value is the token behind it. Held-out rows ask
-once, at their end: of a multikey row each of its eight keys in turn, in random order. There a fact lies up to the whole
-row back, and accuracy over rows of several lengths (`data.seq_len`) says how far a model retrieves.
+Filler is one sentence over and over, as the passkey task has it: what is left to learn is the answers. In training
+facts are told in a row's first half and asked for over and over in its second, each time one by chance, so that answers
+lie far back too and a row teaches a lot. A multikey row has from one pair to all keys, few more often than many: with
+eight and more from the start, a small model does not find out that a key's value is the token behind it. Held-out rows
+ask once, at their end: of a multikey row each of its eight keys in turn, in random order. There a fact lies up to the
+whole row back, and accuracy over rows of several lengths (`data.seq_len`) says how far a model retrieves.
 
 After "Landmark Attention" (arXiv 2305.16300) for the passkey, RULER (arXiv 2404.06654) for several keys. Keys, values,
 digits and filler are different tokens: nothing but the pair tells a value.

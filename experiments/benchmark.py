@@ -6,7 +6,7 @@
     python -m experiments.benchmark attention|decode|data
     python -m experiments.benchmark long_attention   # half an hour: 16K to 256K tokens, with and without skipping
     python -m experiments.benchmark tpu_compile|tpu_long_context      # ahead of time, without a TPU; needs libtpu
-    python -m experiments.benchmark presets          # half an hour: preflights of the large configurations
+    python -m experiments.benchmark presets|weak_scaling              # half an hour each: preflights, likewise
 
 Contenders take turns, each in a process of its own. The table goes to stderr
 and, with the figures and the machine, into dated files under --out; the result
@@ -27,7 +27,13 @@ from absl import flags
 from moe_lab.config import program
 from moe_lab.errors import UserError, did_you_mean
 
-REPORTS = ("long_attention", "tpu_compile", "tpu_long_context", "presets")  # each decides for itself what it measures
+REPORTS = (
+  "long_attention",
+  "tpu_compile",
+  "tpu_long_context",
+  "weak_scaling",
+  "presets",
+)  # each decides for itself what it measures
 BENCHMARKS = ("train_step", "moe_layer", "attention", "decode", "data", *REPORTS)
 METHODS = ("topk", "dynamic", "dynamic_rollouts", "overflow")
 

@@ -19,10 +19,11 @@ from moe_lab.config.schema import Config
 from moe_lab.errors import UserError
 from moe_lab.infer import programs
 from moe_lab.infer.cache import cache_bytes, empty_cache, full_cache_bytes
+from moe_lab.infer.placement import check_mesh, served, shardings
 from moe_lab.infer.request import Request
 from moe_lab.infer.sampling import Sampling
 from moe_lab.infer.text import TextStream
-from moe_lab.nn.transformer import Transformer, unstack_layers
+from moe_lab.nn.transformer import Transformer
 from moe_lab.routing.base import RouterState
 from moe_lab.routing.registry import make_router
 
@@ -83,6 +84,7 @@ class Engine:
     steady: bool = False,
     budget: float | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
   ):
     """Sets up empty slots.
 
@@ -99,9 +101,10 @@ class Engine:
         long. Tokens of a chunk share its rows whichever comes first, so results depend on where chunks end.
       budget: of requests that ask for none, and of `steady`; None: the trained budget.
       decode: turns tokens into text.
+      mesh: of devices that share the parameters, the slots and their cache; None: one device.
 
     Raises:
-      UserError: the routing method is not causal.
+      UserError: the routing method is not causal, or the mesh does not divide the slots.
     """
     routing = config.routing
     if not make_router(routing).causal:
@@ -110,21 +113,32 @@ class Engine:
         "wanted a causal method"
       )
     self._config, self._decode_text = config, decode
-    self._params, self._router_state = unstack_layers(params), router_state
+    self._params, self._router_state = served(params, config.model), router_state
     self.slots, self.capacity, self.chunk, self.steady = slots, capacity, chunk, steady
     self.budget = routing.mean_count if budget is None else budget
     self._readers = 1 if steady else min(slots, READERS)
-    self._cache, self._slots = empty_cache(config.model, slots, capacity, chunk), programs.free_slots(slots)
+    self._shares = 1 if mesh is None else mesh.shape["model"]
+    empty = functools.partial(empty_cache, config.model, slots, capacity, chunk, self._shares)
+    placed = {}
+    if mesh is None:
+      self._cache, self._slots = empty(), programs.free_slots(slots)
+    else:
+      check_mesh(mesh, slots, self._readers, chunk)
+      by_name, by_ring, by_slot = shardings(mesh, self._params, slots)
+      self._params = jax.device_put(self._params, by_name)
+      self._cache = jax.jit(empty, out_shardings=by_ring)()
+      self._slots = jax.device_put(programs.free_slots(slots), by_slot)
+      placed = dict(out_shardings=(by_ring, by_slot, None))
 
     def rows(tokens):
       return math.ceil(tokens * self.budget) if steady else None
 
     # The cache and the slots are updated in place.
-    model = Transformer(config, unrolled=True)
+    model = Transformer(config, mesh, unrolled=True)
     read = functools.partial(programs.read, model, rows(self._readers * chunk))
     decode_steps = functools.partial(programs.decode, model, rows(slots), steps)
-    self._read = jax.jit(read, donate_argnums=(2, 3))
-    self._decode = jax.jit(decode_steps, donate_argnums=(2, 3))
+    self._read = jax.jit(read, donate_argnums=(2, 3), **placed)
+    self._decode = jax.jit(decode_steps, donate_argnums=(2, 3), **placed)
 
     self._waiting: collections.deque[_Serving] = collections.deque()
     self._serving: list[_Serving | None] = [None] * slots
@@ -133,8 +147,8 @@ class Engine:
 
   @property
   def cache_bytes(self) -> int:
-    """Bytes of the slots' cache."""
-    return cache_bytes(self._config.model, self.slots, self.capacity, self.chunk)
+    """Bytes of the slots' cache, on all devices together."""
+    return cache_bytes(self._config.model, self.slots, self.capacity, self.chunk, self._shares)
 
   @property
   def full_cache_bytes(self) -> int:

@@ -83,10 +83,10 @@ def _after_drawing(slots: Slots, token_B: jax.Array) -> Slots:
   return slots._replace(token=token_B, drawn=slots.drawn + 1, left=left_B)
 
 
-def _logits(out: Output, row_T, column_T) -> jax.Array:
+def _logits(model: Transformer, out: Output, row_T, column_T) -> jax.Array:
   """Returns logits_TV, float32, at a few places of the output."""
   hidden_TD = out.hidden_BLD[row_T, column_T]
-  if hidden_TD.dtype == jnp.float32 and native.used_here():
+  if model.mesh is None and hidden_TD.dtype == jnp.float32 and native.used_here():
     # XLA's product of so few rows runs at half the memory's speed.
     (logits_TV,) = native.call("logits_step", [(hidden_TD.shape[0], out.head_VD.shape[0])], hidden_TD, out.head_VD)
     return logits_TV
@@ -114,7 +114,7 @@ def read(model: Transformer, rows: int | None, params, router_state, cache, slot
     caps=Caps(chunk.entry_R.experts, rows), cache=cache, offset=chunk.offset_R, row_B=chunk.slot_R,
   )  # fmt: skip
   end_R = jnp.maximum(chunk.length_R - 1, 0)
-  logits_RV = _logits(out, jnp.arange(num), end_R)
+  logits_RV = _logits(model, out, jnp.arange(num), end_R)
   experts_R = out.stats.count_T.reshape(-1, num, length)[:, jnp.arange(num), end_R].astype(jnp.float32).mean(0)
   token_R, log_prob_R = sample(logits_RV, chunk.entry_R.drawn, chunk.entry_R.sampling)
   place_R = jnp.where(chunk.last_R, chunk.slot_R, slots.token.size)
@@ -139,7 +139,7 @@ def decode(model: Transformer, rows: int | None, steps: int, params, router_stat
       {"params": params}, slots.token[:, None], active_B[:, None].astype(jnp.int32), slots.budget, router_state,
       caps=Caps(slots.experts, rows), cache=cache, offset=slots.position,
     )  # fmt: skip
-    token_B, log_prob_B = sample(_logits(out, jnp.arange(live_B.size), 0), slots.drawn, slots.sampling)
+    token_B, log_prob_B = sample(_logits(model, out, jnp.arange(live_B.size), 0), slots.drawn, slots.sampling)
     new = Made(token_B, log_prob_B, out.stats.count_T.astype(jnp.float32).mean(0), active_B)
     made = jax.tree.map(lambda all_nB, new_B: all_nB.at[step].set(new_B), made, new)
     moved = _after_drawing(slots._replace(position=slots.position + 1), token_B)

@@ -1,7 +1,5 @@
 """The attention layer: projections, QK-norm, positions, and the cache of decoding."""
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,8 +8,9 @@ import numpy as np
 from moe_lab.config.schema import ModelConfig
 from moe_lab.nn.layers import rms_normalise, scaled_normal
 from moe_lab.ops.alibi import alibi_slopes, windows
-from moe_lab.ops.ring import Ring, ring_attention, write
+from moe_lab.ops.ring import Ring
 from moe_lab.ops.rotary import rotate
+from moe_lab.sharding.cache import spread_cached_attention
 from moe_lab.sharding.sequence import spread_attention
 
 LayerCache = tuple[Ring, ...]  # of one layer: its KV groups in order
@@ -93,34 +92,20 @@ class Attention(nn.Module):
         block=config.attention_block,
       )
     else:
-      out_BLNH, cache = self._cached(q_BLNH, k_BLMH, v_BLMH, slope_M, segment_BL != 0, offset, cache, row_B)
+      out_BLNH, cache = spread_cached_attention(
+        q_BLNH,
+        k_BLMH,
+        v_BLMH,
+        slope_M,
+        segment_BL != 0,
+        offset,
+        cache,
+        row_B,
+        self.mesh,
+        window_M=layer_windows(config),
+        backend=config.attention_backend,
+        block=config.attention_block,
+      )
     std = self.out_scale * (config.num_heads * config.head_dim) ** -0.5
     kernel = self.param("out_NHD", scaled_normal(std), (config.num_heads, config.head_dim, dim), jnp.float32)
     return jnp.einsum("BLNH,NHD->BLD", out_BLNH, kernel.astype(x_BLD.dtype)), cache
-
-  def _cached(self, q_BLNH, k_BLMH, v_BLMH, slope_M, real_BL, offset_B, cache: LayerCache, row_B):
-    """Returns the attended heads and the cache, ring by ring."""
-    config = self.config
-    position_BL = offset_B[:, None] + jnp.arange(q_BLNH.shape[1])
-    end_B = offset_B + real_BL.sum(1)
-    heads, window_M = config.num_heads // config.num_kv_heads, layer_windows(config)
-    outs, rings, first = [], [], 0
-    write_B = jnp.arange(q_BLNH.shape[0]) if row_B is None else row_B
-    for ring in cache:
-      last = first + ring.num_groups
-      rings.append(write(ring, write_B, k_BLMH[:, :, first:last], v_BLMH[:, :, first:last], position_BL, real_BL))
-      outs.append(
-        ring_attention(
-          q_BLNH[:, :, first * heads : last * heads],
-          rings[-1],
-          row_B,
-          slope_M[first:last],
-          max(window_M[first:last], key=lambda window: math.inf if window is None else window),
-          position_BL,
-          end_B,
-          backend=config.attention_backend,
-          block=config.attention_block,
-        )
-      )
-      first = last
-    return jnp.concatenate(outs, axis=2), tuple(rings)

@@ -4,6 +4,7 @@ The key of position p lies in slot p mod W of its group's ring; groups with equa
 window and one more chunk, so a chunk's keys are written before its queries read, and still no query misses a key.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -113,7 +114,15 @@ def ring_attention(
     fits = ring.k_BWMH.dtype == jnp.float32 and native.used_here()
     if single and row_B is None and (backend == "native" or (backend == "auto" and fits)):
       native.register()
-      return _native_step(q_BLNH, ring, slope_M, window, end_B)
+      step = functools.partial(_native_step, window=window)
+      if backend == "native":
+        return step(q_BLNH, ring, slope_M, end_B=end_B)
+      # Decided when it is lowered, which may be for another machine than this.
+      return jax.lax.platform_dependent(
+        q_BLNH, ring, slope_M, position_BL, end_B,
+        cpu=lambda q, ring, slope_M, _, end_B: step(q, ring, slope_M, end_B=end_B),
+        default=lambda q, ring, slope_M, *positions: reference_ring_attention(q, ring, slope_M, window, *positions),
+      )  # fmt: skip
     ring = ring if row_B is None else Ring(*(x[row_B] for x in ring))
     return reference_ring_attention(q_BLNH, ring, slope_M, window, position_BL, end_B)
   rows = jnp.arange(q_BLNH.shape[0]) if row_B is None else row_B

@@ -1,7 +1,8 @@
-"""Compiles a training step for chips that are not here, and reads off what each of them would hold and send."""
+"""Compiles programs for chips that are not here, and reads off what each of them would hold and send."""
 
 import dataclasses
 import math
+import re
 import time
 
 import jax
@@ -17,6 +18,11 @@ from moe_lab.train.state import initial_state
 from moe_lab.train.step import make_train_step
 from moe_lab.types import Batch
 
+EXPERTS = ("_EDF", "_EFD")  # how the names of experts' weights end
+
+_RAN_OUT = re.compile(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
@@ -24,19 +30,25 @@ class Compiled:
 
   Attributes:
     parameter_bytes: of the parameters' part that a chip holds.
+    expert_bytes: of these, the experts'.
     optimizer_bytes: of its moments.
-    temporary_bytes: of activations, gathered weights and all else within a step.
+    cache_bytes: of keys and values, in generation.
+    temporary_bytes: of activations, gathered weights and all else within a step; None where it ran out of memory.
     peak_bytes: the most that is held at a time, by the compiler's plan.
-    collectives: what chips send each other in a step.
+    ran_out: whether the compiler gave up because that is more than there is.
+    collectives: what chips send each other in a step; none are known where it ran out.
     compile_seconds: it took.
   """
 
   parameter_bytes: int
   optimizer_bytes: int
-  temporary_bytes: int
+  temporary_bytes: int | None
   peak_bytes: int
   collectives: list[Collective]
   compile_seconds: float
+  expert_bytes: int = 0
+  cache_bytes: int = 0
+  ran_out: bool = False
 
 
 def sharded_bytes(tree) -> int:
@@ -62,17 +74,51 @@ def compile_train_step(config: Config, mesh: Mesh) -> Compiled:
   state, batch = train_step_inputs(config, mesh)
   optimizer = make_optimizer(config.train)
   lowered = make_train_step(config, Transformer(config, mesh), optimizer).lower(state, batch)
+  return dataclasses.replace(read_off(lowered, state.params, mesh), optimizer_bytes=sharded_bytes(state.opt_state))
+
+
+def read_off(lowered: jax.stages.Lowered, params, mesh: Mesh) -> Compiled:
+  """Compiles a program, and reads off what it says but for the bytes of optimizer and cache.
+
+  Args:
+    lowered: of the program.
+    params: the model's, as shapes with shardings.
+    mesh: of devices.
+  """
+  experts = [leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0] if path[-1].key.endswith(EXPERTS)]
   start = time.perf_counter()
-  compiled = lowered.compile()
-  seconds = time.perf_counter() - start
-  memory = compiled.memory_analysis()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    used = bytes_used(str(error))
+    if used is None:
+      raise
+    temporary, collected = None, []
+  else:
+    used, temporary, collected = (
+      *_planned(compiled.memory_analysis()),
+      collectives(compiled.as_text(), dict(mesh.shape)),
+    )
+  return Compiled(
+    parameter_bytes=sharded_bytes(params),
+    expert_bytes=sharded_bytes(experts),
+    optimizer_bytes=0,
+    temporary_bytes=temporary,
+    peak_bytes=used,
+    collectives=collected,
+    compile_seconds=time.perf_counter() - start,
+    ran_out=temporary is None,
+  )
+
+
+def bytes_used(message: str) -> int | None:
+  """Returns the bytes that a program would have used, of the compiler's complaint that they are not there."""
+  match = _RAN_OUT.search(message)
+  return int(float(match[1]) * _UNITS[match[2]]) if match else None
+
+
+def _planned(memory) -> tuple[int, int]:
+  """Returns the most bytes held at a time, and those that are neither arguments nor results."""
   held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   peak = getattr(memory, "peak_memory_in_bytes", 0) or held + memory.temp_size_in_bytes
-  return Compiled(
-    parameter_bytes=sharded_bytes(state.params),
-    optimizer_bytes=sharded_bytes(state.opt_state),
-    temporary_bytes=memory.temp_size_in_bytes,
-    peak_bytes=peak,
-    collectives=collectives(compiled.as_text(), dict(mesh.shape)),
-    compile_seconds=seconds,
-  )
+  return peak, memory.temp_size_in_bytes

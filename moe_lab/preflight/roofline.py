@@ -16,6 +16,7 @@ from moe_lab.nn.attention import layer_windows
 from moe_lab.preflight.chips import Chip
 from moe_lab.preflight.compile import Compiled
 from moe_lab.preflight.hlo import Collective
+from moe_lab.preflight.serving import Serving
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,18 +69,63 @@ def bytes_sent(collective: Collective, config: Config) -> float:
 
 
 def roofline(config: Config, compiled: Compiled, chip: Chip, chips: int) -> Roofline:
-  """Returns the least time of a training step, under the assumptions above."""
+  """Returns the least time of a compiled training step, under the assumptions above."""
+  sent = sum(bytes_sent(c, config) for c in compiled.collectives)
+  held = compiled.parameter_bytes, compiled.optimizer_bytes
+  return train_roofline(config, *held, config.mesh.fsdp, sent, chip, chips)
+
+
+def train_roofline(
+  config: Config, parameter_bytes: float, optimizer_bytes: float, fsdp: int, sent: float, chip: Chip, chips: int
+) -> Roofline:
+  """Returns the least time of a training step.
+
+  Args:
+    config: of the run.
+    parameter_bytes: that a chip holds.
+    optimizer_bytes: likewise.
+    fsdp: chips that share a layer's weights.
+    sent: bytes that a chip sends in a step.
+    chip: of the topology.
+    chips: of them.
+  """
   forward = forward_flops_per_token(config, config.routing.mean_count, mean_context(config))["total"]
   passes = 4 if config.model.remat == "full" else 3
   tokens = config.train.batch_size * config.data.seq_len / chips
-  itemsize = 2 if config.model.dtype == "bfloat16" else 4
-  mesh = config.mesh
-  gathered = compiled.parameter_bytes / 4 * itemsize * mesh.fsdp  # of the layers, one after another
-  update = 2 * (2 * compiled.parameter_bytes + compiled.optimizer_bytes)
+  gathered = parameter_bytes / 4 * itemsize(config) * fsdp  # of the layers, one after another
+  update = 2 * (2 * parameter_bytes + optimizer_bytes)
   return Roofline(
     compute=passes * forward * tokens / chip.flops,
     memory=(passes * config.train.accumulate * gathered + update) / chip.memory_bandwidth,
-    network=sum(bytes_sent(c, config) for c in compiled.collectives) / chip.link_bandwidth,
+    network=sent / chip.link_bandwidth,
     flops_per_token=passes * forward,
     model_flops_per_token=3 * forward,
   )
+
+
+def serving_roofline(config: Config, compiled: Compiled, serving: Serving, chip: Chip, chips: int) -> Roofline:
+  """Returns the least time of a step of decoding or of reading a chunk, with full caches.
+
+  Arithmetic is that of the mean experts; logits are of each sequence's last token only. Memory: the dense weights are
+  read once and of the experts those that some token takes, as if each took its own at random; with them the part of
+  the cache that the sequences at hand have.
+  """
+  context = sum(min(window or serving.context, serving.context) for window in layer_windows(config.model))
+  flops = forward_flops_per_token(config, config.routing.mean_count, context / config.model.num_kv_heads)
+  tokens = serving.tokens
+  forward = flops["total"] - flops["head"] * (1 - serving.rows / tokens)
+  taken = 1 - (1 - config.routing.mean_count / config.model.num_experts) ** tokens
+  read = compiled.parameter_bytes - compiled.expert_bytes * (1 - taken)
+  read = read * config.mesh.fsdp + compiled.cache_bytes * serving.rows / serving.slots
+  return Roofline(
+    compute=forward * tokens / chips / chip.flops,
+    memory=read / chip.memory_bandwidth,
+    network=sum(bytes_sent(c, config) for c in compiled.collectives) / chip.link_bandwidth,
+    flops_per_token=forward,
+    model_flops_per_token=forward,
+  )
+
+
+def itemsize(config: Config) -> int:
+  """Returns the bytes of a number of the activations' type."""
+  return 2 if config.model.dtype == "bfloat16" else 4

@@ -18,8 +18,8 @@ _ENVIRONMENT = {
 }
 
 
-def topology_devices(topology: str) -> list[jax.Device]:
-  """Returns the chips of a topology, as TPUs are sold: "v5p:4x4x8".
+def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
+  """Returns the chips of a topology, as TPUs are sold: "v5p:4x4x8"; of so many slices of it.
 
   Raises:
     UserError: there is no compiler for TPU, or no such topology.
@@ -29,8 +29,9 @@ def topology_devices(topology: str) -> list[jax.Device]:
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   jax.config.update("jax_platforms", "cpu")  # with libtpu about, jax would look for a TPU to run on
+  several = dict(num_slices=slices) if slices > 1 else {}
   try:
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices)
   except Exception as error:  # jaxlib raises what libtpu says, of several types
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     raise UserError(

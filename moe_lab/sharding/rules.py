@@ -74,6 +74,15 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
   return jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(state), is_leaf=is_spec)
 
 
+def params_shardings(params: Any, mesh: Mesh) -> Any:
+  """Returns the sharding of each parameter of a model, its layers stacked or not."""
+
+  def one(path, leaf):
+    return NamedSharding(mesh, parameter_spec(path[-1].key, leaf.ndim))
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
 def num_along(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
   """Returns how many devices an entry of a spec spreads a dimension over."""
   return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))

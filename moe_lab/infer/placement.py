@@ -1,0 +1,49 @@
+"""What an engine holds, and where: one device holds everything, or many share parameters, slots and cache."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_lab.config.schema import ModelConfig
+from moe_lab.errors import ConfigError, UserError
+from moe_lab.nn.transformer import unstack_layers
+from moe_lab.sharding.cache import ring_spec, rows_spec
+from moe_lab.sharding.rules import BATCH, COPIED, num_along, params_shardings, token_spec
+
+
+def served(params: Any, config: ModelConfig) -> dict:
+  """Returns parameters as decoding wants them: layer by layer, matrices in the type that they are multiplied in.
+
+  Every step reads all of them, so with bfloat16 that is half the memory and half the time. What routers decide by
+  stays in float32.
+  """
+
+  def one(path, leaf):
+    return leaf if path[-1].key in COPIED else leaf.astype(config.dtype)
+
+  return jax.tree_util.tree_map_with_path(one, unstack_layers(params))
+
+
+def check_mesh(mesh: Mesh, slots: int, readers: int, chunk: int) -> None:
+  """Raises UserError if the mesh cannot share so many slots, or chunks of so many tokens of `readers` prompts."""
+  if mesh.shape["sequence"] > 1:
+    wanted = "1 where text is generated: a step has one token of each sequence"
+    raise ConfigError("mesh.sequence", mesh.shape["sequence"], wanted)
+  if mesh.size == 1:
+    return
+  devices = num_along(mesh, BATCH)
+  if slots % devices:
+    raise UserError(f"slots={slots}: wanted a multiple of {devices}, the devices along data, fsdp and expert")
+  if token_spec(mesh, readers, chunk) == P():
+    raise UserError(f"chunk={chunk}: wanted a multiple of {devices}, the devices along data, fsdp and expert")
+
+
+def shardings(mesh: Mesh, params: Any, slots: int) -> tuple[Any, NamedSharding, NamedSharding]:
+  """Returns how served parameters, every ring of the cache, and the slots' arrays are spread."""
+  return (
+    params_shardings(params, mesh),
+    NamedSharding(mesh, ring_spec(mesh, slots)),
+    NamedSharding(mesh, rows_spec(mesh, slots)),
+  )

@@ -1,0 +1,120 @@
+"""What a mesh would cost, by arithmetic alone: good enough to rank meshes, not to say that one fits.
+
+Bytes a chip holds: parameters and two moments in float32, gradients (twice where micro-batches are added up), each
+layer's input, one layer's and the head's gathered weights, and the rows of one layer's experts, whose buffers have room
+for the worst case; of these about four as wide as the model and five as wide as an expert live at a time. Bytes a chip
+sends: weights fetched along "fsdp" forward and backward, their gradients in float32, the experts' rows there and back
+in three passes, sums along "model", and keys where a sequence lies on several chips. Against the compiler's plan for
+medium_50b on 128 and 256 chips of v5p (benchmarks/results, `presets` of 2026-11-25) memory is 4% to 5% low.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from moe_lab.config.schema import Config
+from moe_lab.nn.attention import layer_windows
+from moe_lab.preflight.chips import Chip
+from moe_lab.preflight.roofline import Roofline, train_roofline
+from moe_lab.sharding.rules import AXES, BATCH, num_along, parameter_spec, token_spec
+from moe_lab.train.optimizer import make_optimizer
+from moe_lab.train.state import initial_state
+
+MODEL_BUFFERS, EXPERT_BUFFERS = 4, 5  # of rows, alive at a time
+FETCHES = 2  # of a layer's weights in a micro-batch: forward and backward
+PASSES = 3  # of activations: forward, again in the backward pass, and backward
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """A parameter as the arithmetic needs it: whether experts share it, and how it is spread."""
+
+  size: int
+  spec: tuple[str | None, ...]
+
+  @property
+  def of_experts(self) -> bool:
+    """Whether it is spread over "expert"."""
+    return "expert" in self.spec
+
+  def part(self, sizes: Mapping[str, int], *but: str) -> float:
+    """Returns how many numbers a chip has of it, if it were not spread over the axes `but`."""
+    return self.size / math.prod(sizes[axis] for axis in self.spec if axis and axis not in but)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """Bytes that a chip holds, and the roofline of a step."""
+
+  bytes_per_chip: float
+  roofline: Roofline
+
+
+def weights_of(config: Config) -> list[Weights]:
+  """Returns the parameters of a model."""
+  params = jax.eval_shape(lambda: initial_state(config, make_optimizer(config.train))).params
+  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+  return [Weights(math.prod(leaf.shape), tuple(parameter_spec(path[-1].key, leaf.ndim))) for path, leaf in leaves]
+
+
+def spreads_tokens(config: Config, sizes: Mapping[str, int]) -> bool:
+  """Returns whether a micro-batch's tokens can be spread over such a mesh."""
+  mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+  rows = config.train.batch_size // config.train.accumulate
+  return mesh.size == 1 or token_spec(mesh, rows, config.data.seq_len) != P()
+
+
+def estimate(config: Config, weights: list[Weights], sizes: Mapping[str, int], chip: Chip) -> Estimate:
+  """Returns what a training step would cost.
+
+  Args:
+    config: of the run; its mesh is not looked at.
+    weights: `weights_of(config)`.
+    sizes: axis -> chips along it.
+    chip: of the topology.
+  """
+  model, train = config.model, config.train
+  mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+  itemsize = 2 if model.dtype == "bfloat16" else 4
+  tokens = train.batch_size // train.accumulate * config.data.seq_len * sizes["model"] / mesh.size  # of a chip
+  experts = [w for w in weights if w.of_experts]
+  rest = [w for w in weights if not w.of_experts]
+  held = 4 * sum(w.part(sizes) for w in weights)
+
+  rows = tokens * config.routing.slots * sizes["expert"]
+  widths = MODEL_BUFFERS * model.dim + EXPERT_BUFFERS * model.expert_dim / sizes["model"]
+  saved = 1 if model.remat == "full" else model.num_layers
+  layer = sum(w.part(sizes, "fsdp") for w in experts) / model.num_layers + 2 * config.data.vocab_size * model.dim
+  gradients = held * (2 if train.accumulate > 1 else 1)
+  memory = 3 * held + gradients + 2 * itemsize * layer
+  memory += itemsize * (model.num_layers * tokens * model.dim + saved * rows * widths)
+
+  fetched = sum(w.part(sizes, "fsdp") for w in weights if "fsdp" in w.spec) * _others(sizes["fsdp"])
+  sent = fetched * (FETCHES * itemsize + 4)  # and the gradients scattered in float32
+  sent += 8 * sum(w.part(sizes) for w in experts) * _others(sizes["data"] * sizes["sequence"])
+  if token_spec(mesh, train.batch_size // train.accumulate, config.data.seq_len)[0] == BATCH:
+    copies = sizes["data"] * sizes["expert"] * sizes["sequence"]
+    sent += 8 * sum(w.part(sizes) for w in rest) * _others(copies)
+    stretches = sizes["sequence"]
+  else:  # the partitioner sums whole gradients over all chips
+    sent += 8 * sum(w.part(sizes, "fsdp") for w in rest) * _others(mesh.size // sizes["model"])
+    stretches = num_along(mesh, (*BATCH, "sequence"))
+  layers = model.num_layers
+  there = tokens * config.routing.mean_count * model.dim * itemsize * _others(sizes["expert"])
+  sent += layers * 2 * PASSES * there
+  sent += layers * 2 * PASSES * 2 * tokens * model.dim * itemsize * _others(sizes["model"])
+  seen = sum(window is None for window in layer_windows(model)) / sizes["model"]  # groups that see everything
+  keys = 2 * seen * model.head_dim * tokens * stretches  # and values; gathered twice, gradients scattered in float32
+  sent += layers * keys * (2 * itemsize + 4) * _others(stretches)
+  return Estimate(
+    memory, train_roofline(config, held, 2 * held, sizes["fsdp"], train.accumulate * sent, chip, mesh.size)
+  )
+
+
+def _others(devices: int) -> float:
+  """Returns the share of the data that a ring of devices sends on."""
+  return (devices - 1) / devices

@@ -14,19 +14,21 @@ class Chip:
     flops: peak bfloat16 FLOP/s.
     memory_bandwidth: bytes/s.
     link_bandwidth: bytes/s that it sends to others of its slice, all links together.
+    slice_bandwidth: bytes/s that it sends to other slices, its share of the host's. (v4's is not published: v5p's.)
   """
 
   memory_bytes: float
   flops: float
   memory_bandwidth: float
   link_bandwidth: float
+  slice_bandwidth: float
 
 
 CHIPS = {
-  "v4": Chip(32 * 2**30, 275e12, 1228e9, 300e9),
-  "v5e": Chip(16 * 2**30, 197e12, 819e9, 200e9),
-  "v5p": Chip(95 * 2**30, 459e12, 2765e9, 600e9),
-  "v6e": Chip(32 * 2**30, 918e12, 1640e9, 448e9),
+  "v4": Chip(32 * 2**30, 275e12, 1228e9, 300e9, 6.25e9),
+  "v5e": Chip(16 * 2**30, 197e12, 819e9, 200e9, 3.125e9),
+  "v5p": Chip(95 * 2**30, 459e12, 2765e9, 600e9, 6.25e9),
+  "v6e": Chip(32 * 2**30, 918e12, 1640e9, 448e9, 12.5e9),
 }
 
 

@@ -97,7 +97,7 @@ def read_off(lowered: jax.stages.Lowered, params, mesh: Mesh) -> Compiled:
   else:
     used, temporary, collected = (
       *_planned(compiled.memory_analysis()),
-      collectives(compiled.as_text(), dict(mesh.shape)),
+      collectives(compiled.as_text(), _slice_sizes(mesh)),
     )
   return Compiled(
     parameter_bytes=sharded_bytes(params),
@@ -109,6 +109,12 @@ def read_off(lowered: jax.stages.Lowered, params, mesh: Mesh) -> Compiled:
     compile_seconds=time.perf_counter() - start,
     ran_out=temporary is None,
   )
+
+
+def _slice_sizes(mesh: Mesh) -> dict[str, int]:
+  """Returns axis -> devices of one slice: each runs a program of its own, with some of the copies of the model."""
+  slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
+  return dict(mesh.shape) | {"data": mesh.shape["data"] // slices}
 
 
 def bytes_used(message: str) -> int | None:

@@ -110,9 +110,8 @@ def estimate(config: Config, weights: list[Weights], sizes: Mapping[str, int], c
   seen = sum(window is None for window in layer_windows(model)) / sizes["model"]  # groups that see everything
   keys = 2 * seen * model.head_dim * tokens * stretches  # and values; gathered twice, gradients scattered in float32
   sent += layers * keys * (2 * itemsize + 4) * _others(stretches)
-  return Estimate(
-    memory, train_roofline(config, held, 2 * held, sizes["fsdp"], train.accumulate * sent, chip, mesh.size)
-  )
+  network = train.accumulate * sent / chip.link_bandwidth
+  return Estimate(memory, train_roofline(config, held, 2 * held, sizes["fsdp"], network, chip, mesh.size))
 
 
 def _others(devices: int) -> float:

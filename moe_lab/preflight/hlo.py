@@ -28,6 +28,9 @@ _OPCODES = (
   "collective-broadcast",
 )  # fmt: skip
 _COLLECTIVE = re.compile(rf"(?:^|\s)({'|'.join(_OPCODES)})(-start)?\(")
+# Between slices, each of which runs a program of its own, the host sends: "{1,2}x{0:3}" are slices times their chips.
+_BETWEEN = re.compile(r"\ssend\(.*_xla_megascale_target=\"\{([\d,:]+)\}x.*_xla_megascale_transfer_type=\"(\w+)\"")
+BETWEEN = " between slices"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Collective:
   """One collective of a program.
 
   Attributes:
-    opcode: all-gather | all-reduce | reduce-scatter | all-to-all | ragged-all-to-all | collective-permute | ...
+    opcode: all-gather | all-reduce | reduce-scatter | all-to-all | ragged-all-to-all | collective-permute | ...; with
+      `BETWEEN` behind it, of chips in the same place of several slices.
     axes: of the mesh, along which its devices differ.
     size: devices that talk to each other.
     result_bytes: of what each device has afterwards; of a ragged exchange, of all rows that it can have to send.
@@ -54,6 +58,7 @@ class Collective:
     others = (self.size - 1) / self.size if self.size else 0.0
     factor = {
       "all-reduce": 2 * others,
+      f"all-reduce{BETWEEN}": 2 * others,
       "reduce-scatter": self.size - 1,  # of the result, which is one part
       "collective-permute": 1.0,
       "collective-broadcast": 1.0,
@@ -66,7 +71,7 @@ def collectives(text: str, axis_sizes: dict[str, int]) -> list[Collective]:
 
   Args:
     text: `compiled.as_text()`.
-    axis_sizes: axis -> devices, in the order of the mesh.
+    axis_sizes: axis -> devices of a slice, in the order of the mesh.
   """
   computations, entry = _computations(text)
   times = _times(computations, entry)
@@ -75,6 +80,10 @@ def collectives(text: str, axis_sizes: dict[str, int]) -> list[Collective]:
     if not times[name]:
       continue
     for line in lines.values():
+      if match := _BETWEEN.search(line):
+        length = _bytes(_members(line[: match.start()].strip())[0])
+        opcode = match[2].lower().replace("_", "-") + BETWEEN
+        found[(opcode, ("data",), _slices(match[1]), length)] += times[name]
       match = _COLLECTIVE.search(line)
       if not match:
         continue
@@ -195,6 +204,12 @@ def _differing(groups: np.ndarray, axis_sizes: dict[str, int]) -> tuple[str, ...
   places = np.stack(np.unravel_index(groups, tuple(axis_sizes.values())))  # [axis, group, device]
   differ = (places != places[:, :, :1]).any((1, 2))
   return tuple(axis for axis, differs in zip(axis_sizes, differ, strict=True) if differs)
+
+
+def _slices(text: str) -> int:
+  """Returns how many slices "1,2" or "1:4" are."""
+  first, _, last = text.partition(":")
+  return int(last) - int(first) + 1 if last else len(text.split(","))
 
 
 def _numbers(text: str) -> Sequence[int]:

@@ -94,8 +94,9 @@ def table(result: dict) -> str:
   over, known = result["bytes_per_chip"] - result["chip_bytes"], result["step_seconds"] is not None
   verdict = "fits" if result["fits"] else f"does not fit, {_bytes(over)} too much"
   step = _STEPS[result["program"]]
+  several = f"{result['slices']} slices of " if result["slices"] > 1 else ""
   rows = [
-    ("topology", f"{result['topology']}, {result['chips']} chips: {mesh}"),
+    ("topology", f"{several}{result['topology']}, {result['chips']} chips: {mesh}"),
     ("parameters", f"{_count(result['params_total'])}, at most {_count(result['params_active'])} active"),
     ("a chip holds", f"{_bytes(result['bytes_per_chip'])} of {_bytes(result['chip_bytes'])}: {verdict}"),
     ("  parameters", _bytes(result["parameter_bytes"])),

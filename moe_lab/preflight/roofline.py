@@ -5,7 +5,8 @@ products for each of the forward pass), four where the forward pass is run again
 experts of the budget and the mean of min(window, position) keys. Memory: each micro-batch reads a chip's weights in
 the activations' type once forward and twice backward (once more with remat), and a step reads and writes parameters,
 gradients and both moments in float32. Network: the compiled program's collectives, with bytes as a ring sends them,
-over all links of a chip at once. The three overlap perfectly, so the step takes as long as the longest.
+over all links of a chip at once; what goes between slices comes on top, over a chip's share of its host's network. The
+three overlap perfectly, so the step takes as long as the longest.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from moe_lab.evaluate.flops import forward_flops_per_token
 from moe_lab.nn.attention import layer_windows
 from moe_lab.preflight.chips import Chip
 from moe_lab.preflight.compile import Compiled
-from moe_lab.preflight.hlo import Collective
+from moe_lab.preflight.hlo import BETWEEN, Collective
 from moe_lab.preflight.serving import Serving
 
 
@@ -68,15 +69,23 @@ def bytes_sent(collective: Collective, config: Config) -> float:
   return collective.bytes_per_chip * (config.routing.mean_count / config.routing.slots if ragged else 1.0)
 
 
+def network_seconds(config: Config, collectives: list[Collective], chip: Chip) -> float:
+  """Returns how long a chip sends in a step."""
+  return sum(
+    bytes_sent(c, config) / (chip.slice_bandwidth if c.opcode.endswith(BETWEEN) else chip.link_bandwidth)
+    for c in collectives
+  )
+
+
 def roofline(config: Config, compiled: Compiled, chip: Chip, chips: int) -> Roofline:
   """Returns the least time of a compiled training step, under the assumptions above."""
-  sent = sum(bytes_sent(c, config) for c in compiled.collectives)
+  network = network_seconds(config, compiled.collectives, chip)
   held = compiled.parameter_bytes, compiled.optimizer_bytes
-  return train_roofline(config, *held, config.mesh.fsdp, sent, chip, chips)
+  return train_roofline(config, *held, config.mesh.fsdp, network, chip, chips)
 
 
 def train_roofline(
-  config: Config, parameter_bytes: float, optimizer_bytes: float, fsdp: int, sent: float, chip: Chip, chips: int
+  config: Config, parameter_bytes: float, optimizer_bytes: float, fsdp: int, network: float, chip: Chip, chips: int
 ) -> Roofline:
   """Returns the least time of a training step.
 
@@ -85,7 +94,7 @@ def train_roofline(
     parameter_bytes: that a chip holds.
     optimizer_bytes: likewise.
     fsdp: chips that share a layer's weights.
-    sent: bytes that a chip sends in a step.
+    network: seconds that a chip sends in a step.
     chip: of the topology.
     chips: of them.
   """
@@ -97,7 +106,7 @@ def train_roofline(
   return Roofline(
     compute=passes * forward * tokens / chip.flops,
     memory=(passes * config.train.accumulate * gathered + update) / chip.memory_bandwidth,
-    network=sent / chip.link_bandwidth,
+    network=network,
     flops_per_token=passes * forward,
     model_flops_per_token=3 * forward,
   )
@@ -120,7 +129,7 @@ def serving_roofline(config: Config, compiled: Compiled, serving: Serving, chip:
   return Roofline(
     compute=forward * tokens / chips / chip.flops,
     memory=read / chip.memory_bandwidth,
-    network=sum(bytes_sent(c, config) for c in compiled.collectives) / chip.link_bandwidth,
+    network=network_seconds(config, compiled.collectives, chip),
     flops_per_token=forward,
     model_flops_per_token=forward,
   )

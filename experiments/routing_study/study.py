@@ -39,7 +39,7 @@ def main(workdir: Path) -> dict:
   """Trains and measures the runs that the flags select, and puts them together."""
   chosen = {"arms": ("arm", FLAGS.arms), "seeds": ("seed", FLAGS.seeds), "corpora": ("corpus", FLAGS.corpora)}
   sweep = load_sweep(FLAGS.sweep).select(chosen)
-  configs = {run.name: sweep.config(run) for run in sweep.runs}  # all of them now: no mistake waits for its turn
+  configs = sweep.configs()
 
   from experiments.routing_study import measure, results, runner
   from moe_lab.launch import local

@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,21 +32,23 @@ from moe_lab.errors import UserError
 absl_flags.disclaim_key_flags()
 
 
-def run(main: Callable[..., dict], flags: absl_flags.FlagValues | None = None, *, keep_memory: bool = True) -> None:
+def run(
+  main: Callable[..., dict | None], flags: absl_flags.FlagValues | None = None, *, keep_memory: bool = True
+) -> None:
   """Runs a program, and exits.
 
   Args:
     main: takes `config` (a schema.Config), `workdir` (a Path), both or neither.
       Its parameters decide which flags the program has; one with a default is
       optional on the command line. Any other parameter is a word of the command
-      line ("" if it is missing). Returns the result.
+      line ("" if it is missing). Returns the result, or None in a process of several that has nothing to say.
     flags: the program's own flags, defined with `flag_values=flags` so that two programs may use the same name.
     keep_memory: whether glibc keeps what is freed (`keep_freed_memory`).
   """
   sys.exit(_run(main, absl_flags.FlagValues() if flags is None else flags, keep_memory))
 
 
-def _run(main: Callable[..., dict], flags: absl_flags.FlagValues, keep_memory: bool) -> int:
+def _run(main: Callable[..., dict | None], flags: absl_flags.FlagValues, keep_memory: bool) -> int:
   parameters = inspect.signature(main).parameters
   try:
     command_line.define(flags, set(parameters))
@@ -58,14 +61,24 @@ def _run(main: Callable[..., dict], flags: absl_flags.FlagValues, keep_memory: b
     arguments = command_line.parse(sys.argv, flags, required, words)
     absl_flags.FLAGS.mark_as_parsed()  # libraries look up flags of their own there
     prepare(keep_memory)
-    print(json.dumps(_plain(main(**arguments))), flush=True)
+    result = main(**arguments)
+    if result is not None:
+      print(json.dumps(_plain(result)), flush=True)
     return 0
-  except UserError as error:
+  except (UserError, KeyboardInterrupt) as error:
+    return explain(error)
+
+
+def explain(error: BaseException) -> int:
+  """Says on stderr what ended the program, and returns its exit code: a line, or the traceback of a bug."""
+  if isinstance(error, UserError):
     print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
     return error.exit_code
-  except KeyboardInterrupt:
+  if isinstance(error, KeyboardInterrupt):
     print("error: interrupted", file=sys.stderr)
     return 130
+  traceback.print_exception(error)
+  return 1
 
 
 def prepare(keep_memory: bool = True) -> None:

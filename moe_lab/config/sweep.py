@@ -8,13 +8,14 @@ A sweep file defines `get_sweep(arg=None)`:
       seeds = axis("seed", {str(seed): {"train.seed": seed, "data.seed": seed} for seed in range(3)})
       return Sweep(base_config(), product(arms, seeds))
 
-`+` puts lists of runs after one another, `product` combines them. Fields are
+`+` puts lists of runs after one another, `product` combines them, `zipped` takes them side by side. Fields are
 checked where they are written, values when a run is resolved: a run that
 nobody selects may need a method that is not there.
 """
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 
 import ml_collections
@@ -23,6 +24,8 @@ from moe_lab.config.load import call
 from moe_lab.config.resolve import FIELDS, from_dict, unknown_field
 from moe_lab.config.schema import Config
 from moe_lab.errors import ConfigError, UserError, did_you_mean
+
+_FOLDER = re.compile(r"\w[\w.+=-]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +52,13 @@ def axis(name: str, options: Mapping[str, Mapping[str, object]], **notes: str) -
   """Returns a run for each option: its label, and the fields it sets.
 
   Raises:
-    ConfigError: a name that is no field.
+    UserError: a name that is no field; the line says of which option.
   """
-  for overrides in options.values():
+  for number, (label, overrides) in enumerate(options.items(), 1):
     for field, value in overrides.items():
       if field not in FIELDS:
-        raise unknown_field(field, value)
+        place = f"sweep axis {name!r}, entry {number} of {len(options)}, {label}"
+        raise UserError(f"{place}: {unknown_field(field, value)}")
   return [Run({name: label}, dict(overrides), notes) for label, overrides in options.items()]
 
 
@@ -65,6 +69,18 @@ def product(*parts: Sequence[Run]) -> list[Run]:
     ConfigError: two parts set one field to different values: which one holds would depend on their order.
   """
   return [_merged(combination) for combination in itertools.product(*parts)]
+
+
+def zipped(*parts: Sequence[Run]) -> list[Run]:
+  """Returns the first runs of all parts as one, the second ones as one, and so on: axes that move together.
+
+  Raises:
+    UserError: parts of different lengths.
+    ConfigError: as `product`.
+  """
+  if len(lengths := {len(part) for part in parts}) > 1:
+    raise UserError(f"sweep: zipped parts have {', '.join(map(str, sorted(lengths)))} runs: wanted as many in each")
+  return [_merged(together) for together in zip(*parts, strict=True)]
 
 
 def _merged(runs: Sequence[Run]) -> Run:
@@ -83,7 +99,7 @@ class Sweep:
   """Runs over one base configuration.
 
   Raises:
-    UserError: two runs have one name.
+    UserError: two runs have one name, or a name cannot be a folder's.
   """
 
   base: ml_collections.ConfigDict
@@ -94,14 +110,34 @@ class Sweep:
     if twice := sorted({name for name in names if names.count(name) > 1}):
       count = names.count(twice[0])
       raise UserError(f"sweep: {count} runs are called {twice[0]!r}: wanted a label that tells them apart")
+    for name in names:
+      if not _FOLDER.fullmatch(name):
+        wanted = "labels of letters, digits and . _ - + =, since they name its folder"
+        raise UserError(f"sweep: a run is called {name!r}: wanted {wanted}")
 
   def config(self, run: Run) -> Config:
     """Returns the resolved configuration of a run; ConfigError for a value that cannot be."""
     raw = self.base.to_dict()
     for field, value in run.overrides.items():
+      if field not in FIELDS:  # a run that no axis made
+        raise unknown_field(field, value)
       section, _, name = field.partition(".")
       raw[section][name] = value
     return from_dict(raw)
+
+  def configs(self) -> dict[str, Config]:
+    """Returns name -> resolved configuration of all runs, so that no mistake waits for its turn.
+
+    Raises:
+      UserError: a value that cannot be; the line says of which entry.
+    """
+    found = {}
+    for number, run in enumerate(self.runs, 1):
+      try:
+        found[run.name] = self.config(run)
+      except ConfigError as error:
+        raise UserError(f"sweep entry {number} of {len(self.runs)}, {run.name}: {error}") from None
+    return found
 
   def select(self, chosen: Mapping[str, tuple[str, Sequence[str]]]) -> "Sweep":
     """Returns the runs whose labels are among those chosen.

@@ -13,6 +13,11 @@ class Loader:
 
   Nothing is fetched ahead: `get_state` is the position right after the last batch handed out. The stream is a function
   of the data, the seed and the row length alone, so resuming does not depend on devices or processes.
+
+  On several hosts each process reads the whole stream, and only its own devices' rows go further
+  (`sharding.rules.on_devices`). Where a row begins depends on the lengths, in tokens, of all documents before it, so a
+  host cannot leave out what it does not feed. It costs each the tokenizer's work for all; documents that fit
+  `text.CACHED_TOKENS` are tokenised once.
   """
 
   def __init__(self, rows: grain.IterDataset, batch_size: int, identity: str):

@@ -18,6 +18,7 @@ import sentencepiece
 
 from moe_lab.data.splits import text_hash
 from moe_lab.errors import ConfigError
+from moe_lab.io.hosts import first_ahead
 
 # Classes of tokens, by what the piece alone shows. 0 is also the class of padding.
 CLASS_NAMES = ("special", "whitespace", "word_start", "word_inside", "digit", "punctuation", "byte")
@@ -166,13 +167,14 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, cache_dir: str | os.P
   for text in sample:
     key.update(hashlib.sha256(text.encode("utf-8")).digest())
   path = Path(cache_dir, "tokenizers", f"{key.hexdigest()[:32]}.model")
-  try:
-    return Tokenizer(path.read_bytes())
-  except (OSError, ValueError):
-    pass  # not there yet, or spoilt: trained anew, the result is the same
-  tokenizer = Tokenizer(_train(sample, vocab_size))
-  _write_atomically(path, tokenizer.model)
-  return tokenizer
+  with first_ahead():  # where hosts share the cache, the others find it there
+    try:
+      return Tokenizer(path.read_bytes())
+    except (OSError, ValueError):
+      pass  # not there yet, or spoilt: trained anew, the result is the same
+    tokenizer = Tokenizer(_train(sample, vocab_size))
+    _write_atomically(path, tokenizer.model)
+    return tokenizer
 
 
 def _sample(texts: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from moe_lab.config.schema import Config
 from moe_lab.nn.transformer import Transformer
 from moe_lab.routing.base import Decisions, RouterState
 from moe_lab.sharding.head import spread_head_loss
+from moe_lab.sharding.rules import copied
 from moe_lab.types import Batch
 
 
@@ -44,7 +45,7 @@ def make_eval_step(config: Config, model: Transformer) -> EvalStep:
     out = model.apply({"params": params}, token_BL, segment_BL, budget_B, router_state, decisions=decisions)
     count_ZBL = out.stats.count_T.reshape(-1, *token_BL.shape)
     _, nll_BL = spread_head_loss(out.hidden_BLD, out.head_VD, batch.tokens[:, 1:], weight_BL, model.mesh)
-    return TokenResults(nll_BL, weight_BL, count_ZBL, out.stats.assigned_E)
+    return copied(TokenResults(nll_BL, weight_BL, count_ZBL, out.stats.assigned_E), model.mesh)
 
   return eval_step
 

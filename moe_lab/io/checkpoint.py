@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_lab.errors import RunError, UserError
+from moe_lab.io import hosts
 from moe_lab.io.files import jsonable
 
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a step's directory until it is whole
@@ -36,6 +37,10 @@ class Checkpointer:
   the failure. A writer clears what killed saves left behind, so there must be
   only one: hold the run's lock. A reader (`keep=None`) changes nothing and may
   look on while a run trains.
+
+  On several hosts every process has one and calls it at the same points: each
+  writes and reads the shards of its own devices. The first process clears, and
+  says which steps there are.
   """
 
   def __init__(self, workdir: Path, keep: int | None):
@@ -50,20 +55,10 @@ class Checkpointer:
     self._keep = keep
     self._mine: set[int] = set()  # steps saved or restored here: on disk exactly as this process has them
     self._pending: int | None = None  # the step that is being saved
-    for path in _step_folders(self._workdir):
-      if not any(path.iterdir()):
-        logging.warning("ignoring %s: an empty checkpoint", path)
-        if keep is not None:
-          path.rmdir()  # Orbax would count it as a step
+    hosts.from_first(self._clear)
     if keep is None:
       options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
     else:
-      try:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for path in self._folder.glob(f"*{_TEMPORARY}*"):
-          shutil.rmtree(path)
-      except OSError as err:
-        raise UserError(f"{self._folder} cannot be written: {err.strerror or err}") from err
       # Where a directory cannot be made, Orbax's threads wait five minutes for one made in the background.
       in_front = ocp.AsyncOptions(create_directories_asynchronously=False)
       options = ocp.CheckpointManagerOptions(async_options=in_front)
@@ -93,7 +88,7 @@ class Checkpointer:
     self._pending = step
     try:
       if step in self.steps():
-        self._remove(step)
+        self._remove([step])
       # Forced, for Orbax skips without a word a step that is not above its newest.
       self._manager.save(step, args=items, force=True)
     except Exception as err:  # whatever the storage raises
@@ -138,7 +133,7 @@ class Checkpointer:
 
   def steps(self) -> list[int]:
     """Returns the steps that can be restored, ascending."""
-    return saved_steps(self._workdir)
+    return hosts.from_first(lambda: saved_steps(self._workdir))
 
   def latest_step(self) -> int | None:
     return max(self.steps(), default=None)
@@ -158,11 +153,11 @@ class Checkpointer:
     step, self._pending = self._pending, None
     self._mine.add(step)
     # Later steps are of a continuation that was abandoned: left there, the next launch would resume from one.
-    older = [other for other in self.steps() if other < step]
-    later = [other for other in self.steps() if other > step]
+    steps = self.steps()
+    older = [other for other in steps if other < step]
+    later = [other for other in steps if other > step]
     try:
-      for doomed in later + older[: max(0, len(older) + 1 - self._keep)]:
-        self._remove(doomed)
+      self._remove(later + older[: max(0, len(older) + 1 - self._keep)])
     except OSError as err:
       raise RunError(
         f"{self._folder} cannot be cleared of old steps ({err.strerror or err}); step {step} is good"
@@ -183,13 +178,32 @@ class Checkpointer:
   def __exit__(self, *_) -> None:
     self.close()
 
-  def _remove(self, step: int) -> None:
-    # Under another name first: Orbax deletes in place, and killed at it leaves half a checkpoint that looks whole.
-    doomed = self._folder / f"{step}{_TEMPORARY}-removed"
-    (self._folder / str(step)).rename(doomed)
-    shutil.rmtree(doomed)
-    self._mine.discard(step)
-    self._manager.reload()
+  def _clear(self) -> None:
+    for path in _step_folders(self._workdir):
+      if not any(path.iterdir()):
+        logging.warning("ignoring %s: an empty checkpoint", path)
+        if self._keep is not None:
+          path.rmdir()  # Orbax would count it as a step
+    if self._keep is not None:
+      try:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.glob(f"*{_TEMPORARY}*"):
+          shutil.rmtree(path)
+      except OSError as err:
+        raise UserError(f"{self._folder} cannot be written: {err.strerror or err}") from err
+
+  def _remove(self, steps: list[int]) -> None:
+    def remove() -> None:
+      for step in steps:
+        # Under another name first: Orbax deletes in place, and killed at it leaves half a checkpoint that looks whole.
+        doomed = self._folder / f"{step}{_TEMPORARY}-removed"
+        (self._folder / str(step)).rename(doomed)
+        shutil.rmtree(doomed)
+
+    if steps:
+      hosts.from_first(remove)
+      self._mine.difference_update(steps)
+      self._manager.reload()
 
   def _read(self, step: int, **items: object) -> ocp.args.Composite:
     try:
@@ -198,7 +212,7 @@ class Checkpointer:
       raise self._damaged(step, _first_line(err)) from err
 
   def _damaged(self, step: int, why: str) -> UserError:
-    others = [str(s) for s in self.steps() if s != step]
+    others = [str(s) for s in saved_steps(self._workdir) if s != step]
     instead = f"ask for step {' or '.join(others)}, or " if others else ""
     where = self._folder / str(step)
     return UserError(f"the checkpoint {where} cannot be read ({why}): {instead}remove that directory")
@@ -215,7 +229,7 @@ class Checkpointer:
 
   def _failure(self, err: Exception) -> RunError:
     step, self._pending = self._pending, None
-    last = self.latest_step()
+    last = max(saved_steps(self._workdir), default=None)
     good = "there is no good step" if last is None else f"the last good step is {last}"
     return RunError(f"saving step {step} under {self._folder} failed ({_first_line(err)}): {good}")
 

@@ -7,10 +7,16 @@ import json
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from moe_lab.errors import UserError
+
+# The scheduler's name for the job that this process belongs to, the same for every attempt at it. Launchers set it.
+JOB = "MOE_LAB_JOB"
+_LEAVING = 60.0  # seconds that an earlier attempt, which the scheduler has given up, has to be gone
+_LOOK = 0.5  # seconds between two looks at it
 
 
 class RunLock:
@@ -18,7 +24,10 @@ class RunLock:
 
   It names its holder (host, pid, a random token). A holder on this host whose
   process is gone is stale, and its lock is taken over; of a holder on another
-  host nothing can be known, so it is believed.
+  host nothing can be known, so it is believed. Unless it is an earlier attempt
+  of our own job: a scheduler begins the next one only when it has declared the
+  one before dead, with its node or alone. On this host, it may take that one
+  some seconds to be gone, which are waited for.
 
   Raises:
     UserError: another process holds it.
@@ -29,11 +38,17 @@ class RunLock:
     self._path = workdir / "lock"
     self._token = secrets.token_hex(8)
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "token": self._token}
+    mine["job"] = os.environ.get(JOB)
+    deadline = time.monotonic() + _LEAVING
+    while _retried(holder := _read(self._path), mine) and _here(holder) and _alive(holder):
+      if time.monotonic() > deadline:
+        break
+      time.sleep(_LOOK)
     # Between finding a lock stale and removing it, another process may have taken it over: hence one at a time.
     with _alone(workdir):
       holder = _read(self._path)
       if holder is not None:
-        if _alive(holder):
+        if _alive(holder) and (_here(holder) or not _retried(holder, mine)):
           raise UserError(
             f"{workdir} is in use by process {holder.get('pid')} on {holder.get('host')}:"
             f" wait for it, use another --workdir, or remove {self._path} if that process is gone"
@@ -75,10 +90,15 @@ def _read(path: Path) -> dict | None:
   return holder if isinstance(holder, dict) else {}
 
 
+def _retried(holder: dict | None, mine: dict) -> bool:
+  """Returns whether the holder is another attempt at the job that this process belongs to."""
+  return bool(holder and mine["job"] and holder.get("job") == mine["job"])
+
+
 def _alive(holder: dict) -> bool:
   if not isinstance(holder.get("pid"), int):
     return False  # killed while it wrote the file
-  if holder.get("host") != socket.gethostname():
+  if not _here(holder):
     return True
   try:
     os.kill(holder["pid"], 0)
@@ -88,6 +108,10 @@ def _alive(holder: dict) -> bool:
     pass  # it exists and is somebody else's
   born = _born(holder["pid"])
   return born is None or holder.get("born") is None or born == holder["born"]
+
+
+def _here(holder: dict) -> bool:
+  return holder.get("host") == socket.gethostname()
 
 
 def _born(pid: int) -> int | None:

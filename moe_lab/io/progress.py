@@ -19,8 +19,10 @@ class Progress:
   so the caller decides how often.
   """
 
-  def __init__(self, total_steps: int):
+  def __init__(self, total_steps: int, shown: bool = True):
+    """Args: total_steps: of the run; shown: False in a process of several that is to be silent."""
     self._total = total_steps
+    self._shown = shown
     self._left = ""  # "step 340/1000"
     self._right = ""  # "loss 3.21  experts 2.04/2.00  12.3k tok/s"
     self._step = 0
@@ -29,7 +31,7 @@ class Progress:
     self._live: Live | None = None
 
   def __enter__(self) -> "Progress":
-    if sys.stderr.isatty() and not self._console.is_dumb_terminal:
+    if self._shown and sys.stderr.isatty() and not self._console.is_dumb_terminal:
       # stdout is left alone: its last line belongs to the caller's JSON.
       self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4, redirect_stdout=False)
       self._live.start()
@@ -80,7 +82,8 @@ class Progress:
       self._console.print(text, markup=False, highlight=False)
 
   def _print(self, line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if self._shown:
+      print(line, file=sys.stderr, flush=True)
 
   def _eta(self) -> str:
     """Returns the time left as "1:42", or "" while unknown."""

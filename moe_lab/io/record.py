@@ -36,13 +36,13 @@ def code() -> dict[str, object]:
 
 
 def machine() -> dict[str, object]:
-  """Returns {"host", "devices"}; devices are {"platform", "kind", "count"}, one entry a kind."""
+  """Returns {"host", "processes", "devices"}; devices, of all processes, are {"platform", "kind", "count"} by kind."""
   counts: dict[tuple[str, str], int] = {}
   for device in jax.devices():
     key = (device.platform, device.device_kind)
     counts[key] = counts.get(key, 0) + 1
   devices = [{"platform": p, "kind": kind, "count": count} for (p, kind), count in counts.items()]
-  return {"host": socket.gethostname(), "devices": devices}
+  return {"host": socket.gethostname(), "processes": jax.process_count(), "devices": devices}
 
 
 def _git(folder: Path, *args: str) -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from moe_lab.config.resolve import FIELDS, diff, from_json, to_json
 from moe_lab.config.schema import Config
 from moe_lab.errors import UserError, did_you_mean
-from moe_lab.io import record
+from moe_lab.io import hosts, record
 from moe_lab.io.checkpoint import saved_steps
 from moe_lab.io.files import dump_json, write_text
 from moe_lab.io.lock import RunLock
@@ -42,15 +42,17 @@ class Run:
   config: Config
   info: dict
   resumed: bool
-  _lock: RunLock
+  _lock: RunLock | None  # None in the processes that do not write
 
   def note(self, **fields: object) -> None:
     """Adds fields to run.json: what only shows while running, such as the back end that `auto` chose."""
     self.info.update(fields)
-    write_text(self.workdir / "run.json", dump_json(self.info, indent=2) + "\n")
+    if self._lock is not None:
+      write_text(self.workdir / "run.json", dump_json(self.info, indent=2) + "\n")
 
   def close(self) -> None:
-    self._lock.release()
+    if self._lock is not None:
+      self._lock.release()
 
   def __enter__(self) -> "Run":
     return self
@@ -60,7 +62,7 @@ class Run:
 
 
 def open_run(workdir: Path, config: Config, *, fingerprint: str, manifest: list[dict], argv: list[str]) -> Run:
-  """Starts a run in `workdir`, or continues the one that it holds.
+  """Starts a run in `workdir`, or continues the one that it holds; of several processes only the first writes.
 
   Args:
     workdir: its directory; made when absent.
@@ -71,9 +73,23 @@ def open_run(workdir: Path, config: Config, *, fingerprint: str, manifest: list[
 
   Raises:
     UserError: the directory is in use, holds something else, or holds a run with
-      another configuration or tokenizer. Nothing in it was changed.
+      another configuration or tokenizer. Nothing in it was changed. Or the hosts do not share it.
   """
-  workdir = Path(workdir)
+  workdir, opened = Path(workdir), []
+
+  def open_here() -> bool:
+    opened.append(_open(workdir, config, fingerprint, manifest, argv))
+    return opened[0].resumed
+
+  resumed = hosts.from_first(open_here)
+  run = opened[0] if opened else Run(workdir, config, {}, resumed, None)
+  if not hosts.all_hold((workdir / "lock").exists()):
+    run.close()
+    raise UserError(f"--workdir={workdir}: wanted a folder that all hosts share; some do not see what process 0 wrote")
+  return run
+
+
+def _open(workdir: Path, config: Config, fingerprint: str, manifest: list[dict], argv: list[str]) -> Run:
   _check_place(workdir)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -140,6 +156,14 @@ def load_run(workdir: Path) -> tuple[Config, dict]:
   return from_json(text, source=str(paths[0])), info
 
 
+def is_finished(workdir: Path, config: Config) -> bool:
+  """Returns whether `workdir` holds this very run, trained and evaluated to the end.
+
+  A run of another configuration is not finished: `train` then says in which field it differs.
+  """
+  return (workdir / "evaluation.json").is_file() and load_run(workdir)[0] == config
+
+
 def _check_place(workdir: Path) -> None:
   if workdir.exists() and not workdir.is_dir():
     raise UserError(f"--workdir={workdir} is a file: wanted a directory")
@@ -152,7 +176,13 @@ def _check_place(workdir: Path) -> None:
       )
 
 
-def _check_same(workdir: Path, old: Config, new: Config, info: dict, fingerprint: str) -> None:
+def check_config(workdir: Path, config: Config) -> None:
+  """Raises UserError where `workdir` holds a run that `config` cannot go on with."""
+  if (workdir / "config.json").is_file():
+    _check_same_config(workdir, load_run(workdir)[0], config)
+
+
+def _check_same_config(workdir: Path, old: Config, new: Config) -> None:
   changed = [entry for entry in diff(old, new) if entry[0] not in _MAY_CHANGE]
   if changed:
     field, was, is_now = changed[0]
@@ -161,6 +191,10 @@ def _check_same(workdir: Path, old: Config, new: Config, info: dict, fingerprint
       f"config.{field} = {is_now!r}, but the run in {workdir} has {was!r}{more}:"
       " use another --workdir, or the same values"
     )
+
+
+def _check_same(workdir: Path, old: Config, new: Config, info: dict, fingerprint: str) -> None:
+  _check_same_config(workdir, old, new)
   was = info.get("tokenizer_fingerprint")
   if was != fingerprint:
     raise UserError(

@@ -96,6 +96,22 @@ class MetricsWriter:
     self._events.write_event(Event(wall_time=time.time(), **fields))
 
 
+class NoWriter:
+  """Takes the place of `MetricsWriter` in the processes that do not write."""
+
+  def resume(self, step: int) -> None:
+    pass
+
+  def write(self, record: dict) -> None:
+    pass
+
+  def __enter__(self) -> "NoWriter":
+    return self
+
+  def __exit__(self, *_) -> None:
+    pass
+
+
 def read_metrics(workdir: Path) -> list[dict]:
   """Returns the records of a run in the order written; none when it has no metrics.jsonl.
 

@@ -5,6 +5,7 @@ than one run on both.
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import functools
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from moe_lab.config import program
+from moe_lab.errors import RunError
 
 # What imports jax is imported where it is used: a worker gets its cores before jax counts them.
 
@@ -49,6 +51,9 @@ def performed(jobs: Sequence[Job], perform: Callable[[Job, Stop], dict], workers
     workers: processes that work side by side; with one, this process does it all. Each gets an equal share of the
       cores, and writes what it has to say to `FOLDER.log` beside the job's folder.
     stop: called between two looks.
+
+  Raises:
+    RunError: a worker was killed from outside, which leaves the others' pool unusable.
   """
   if workers == 1:
     for job in jobs:
@@ -60,7 +65,7 @@ def performed(jobs: Sequence[Job], perform: Callable[[Job, Stop], dict], workers
   places = context.Queue()
   for place in range(workers):
     places.put(place)
-  apart = functools.partial(_perform_apart, perform)
+  apart = functools.partial(perform_apart, perform)
   with concurrent.futures.ProcessPoolExecutor(workers, context, _settle, (places, workers)) as pool:
     futures = [pool.submit(apart, job) for job in jobs]
     try:
@@ -69,6 +74,11 @@ def performed(jobs: Sequence[Job], perform: Callable[[Job, Stop], dict], workers
           stop()
           concurrent.futures.wait([future], timeout=PATIENCE)
         yield future.result()
+    except concurrent.futures.process.BrokenProcessPool:
+      raise RunError(
+        "a worker process was killed, out of memory perhaps; the logs beside the folders show how far each run came, "
+        "and the same command goes on from there"
+      ) from None
     except BaseException:
       pool.shutdown(wait=False, cancel_futures=True)
       for process in multiprocessing.active_children():
@@ -84,7 +94,12 @@ def _settle(places: multiprocessing.Queue, workers: int) -> None:
   program.prepare()
 
 
-def _perform_apart(perform: Callable[[Job, Stop], dict], job: Job) -> dict:
+def perform_apart(perform: Callable[[Job, Stop], dict], job: Job) -> dict:
+  """Does a job in a process that does nothing else: its logs go to `FOLDER.log`, SIGTERM asks it to save and to leave.
+
+  Raises:
+    SystemExit: 75 after SIGTERM.
+  """
   global _leaving
   from moe_lab.train.loop import PREEMPTED
   from moe_lab.train.signals import Preemption

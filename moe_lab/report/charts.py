@@ -27,7 +27,7 @@ class Series:
   Attributes:
     name: for the legend.
     points: (x, y), x ascending; y None leaves a gap.
-    colour: which of the page's line colours, 1 to 4.
+    colour: which of the page's line colours, 1 to 8.
     style: line | faint | dashed | dots (a line with a dot at each point).
   """
 

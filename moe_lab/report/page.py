@@ -52,7 +52,10 @@ figure{margin:.5rem 0;min-width:0}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;margin:.4rem 0}
 caption{text-align:left;padding-bottom:.3rem}
 th,td{padding:.25rem .8rem .25rem 0;text-align:left;border-bottom:1px solid var(--edge);vertical-align:top}
-th{font-weight:600}.n{text-align:right}td.wrap{overflow-wrap:anywhere;min-width:10rem}
+th{font-weight:600}.sortable thead th{cursor:pointer}.sortable tbody th{white-space:nowrap}
+th[aria-sort=ascending]::after{content:" \\2191"}
+th[aria-sort=descending]::after{content:" \\2193"}a{color:var(--accent)}
+.n{text-align:right}td.wrap{overflow-wrap:anywhere;min-width:10rem}
 .bar{display:inline-block;height:.7rem;background:var(--accent);border-radius:2px}
 .passage{white-space:pre-wrap;overflow-wrap:anywhere;font:.9rem/1.75 ui-monospace,monospace;max-width:none;
 background:var(--panel);border-radius:8px;padding:.9rem 1rem;margin:.6rem 0}
@@ -68,7 +71,8 @@ code{font:.88em ui-monospace,monospace;overflow-wrap:anywhere}
 @media print{details::details-content{content-visibility:visible}}
 """
 
-# A tooltip needs a mouse; this shows the same words under the passage, for a finger too.
+# A tooltip needs a mouse; this shows the same words under the passage, for a finger too. And tables that can be sorted:
+# by number where both cells are one (12.3k, 3.21 ± 0.01), else as text.
 _SCRIPT = """
 for (const passage of document.querySelectorAll(".passage")) {
   const tell = (event) => {
@@ -77,6 +81,28 @@ for (const passage of document.querySelectorAll(".passage")) {
   };
   passage.addEventListener("pointerover", tell);
   passage.addEventListener("click", tell);
+}
+const value = (row, column) => row.cells[column].textContent.trim();
+const size = (text) => {
+  const found = text.replaceAll(",", "").match(/^(-?[\\d.]+)([kMGTPE]?)(?: ±.*)?$/);
+  return found ? found[1] * 1e3 ** " kMGTPE".indexOf(found[2] || " ") : NaN;
+};
+for (const title of document.querySelectorAll("table.sortable th[scope=col]")) {
+  title.tabIndex = 0;
+  const sort = () => {
+    const down = title.getAttribute("aria-sort") === "ascending";
+    for (const other of title.parentNode.cells) other.removeAttribute("aria-sort");
+    title.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const body = title.closest("table").tBodies[0];
+    const rows = [...body.rows].sort((a, b) => {
+      const [x, y] = [value(a, title.cellIndex), value(b, title.cellIndex)];
+      const apart = size(x) - size(y);
+      return (Number.isNaN(apart) ? x.localeCompare(y, "en", {numeric: true}) : apart) * (down ? -1 : 1);
+    });
+    body.append(...rows);
+  };
+  title.addEventListener("click", sort);
+  title.addEventListener("keydown", (event) => { if (event.key === "Enter") sort(); });
 }
 """
 
@@ -117,7 +143,14 @@ def escape(text: object) -> str:
   return html.escape(shown)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", text_columns: int = 1) -> str:
+def table(
+  head: Sequence[str],
+  rows: Sequence[Sequence[str]],
+  *,
+  caption: str = "",
+  text_columns: int = 1,
+  sortable: bool = False,
+) -> str:
   """Returns a table; cells are HTML.
 
   Args:
@@ -125,6 +158,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = 
     rows: cells; the first of a row is its heading.
     caption: plain text above.
     text_columns: how many columns, from the left, are text; the others are numbers, set to the right.
+    sortable: whether a click on a title sorts the rows.
   """
 
   def kind(column: int) -> str:
@@ -136,7 +170,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = 
     cells = "".join(f"<td{kind(i)}>{cell}</td>" for i, cell in enumerate(row[1:], 1))
     body += f'<tr><th scope="row">{row[0]}</th>{cells}</tr>'
   above = f"<caption>{escape(caption)}</caption>" if caption else ""
-  return f'<div class="scroll"><table>{above}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+  opening = '<table class="sortable">' if sortable else "<table>"
+  return f'<div class="scroll">{opening}{above}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def figure(drawing: str, caption: str) -> str:

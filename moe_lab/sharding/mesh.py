@@ -14,8 +14,9 @@ from moe_lab.sharding.rules import AXES
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Returns the mesh of `AXES`, each with the size that the configuration gives it.
 
-  Neighbours along the later axes, which talk most, are neighbours in the network where its shape is known. With
-  `slices` larger than 1, copies of the model ("data") are spread over the slices and nothing else crosses them.
+  Neighbours along the later axes, which talk most, are neighbours in the network where its shape is known (TPU);
+  elsewhere they are devices of one process, as far as it has enough. With `slices` larger than 1, copies of the model
+  ("data") are spread over the slices and nothing else crosses them.
 
   Args:
     config: of the run.
@@ -28,11 +29,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   sizes = config.sizes(len(devices))
   shape = tuple(sizes[axis] for axis in AXES)
   if devices[0].platform != "tpu":
-    array = np.array(devices).reshape(shape)
+    array = np.array(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(shape)
   elif config.slices > 1:
     across = (config.slices, 1, 1, 1, 1)
     within = (shape[0] // config.slices, *shape[1:])
-    array = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    array = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
   else:
     array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   # Explicit axes, the default of jax.make_mesh, do not go with Linen and shard_map.

@@ -107,6 +107,20 @@ def batch_sharding(mesh: Mesh, batch: int) -> NamedSharding:
   return NamedSharding(mesh, P(BATCH) if batch % num_along(mesh, BATCH) == 0 else P())
 
 
+def on_devices(rows: Any, mesh: Mesh) -> Any:
+  """Returns arrays [B, ...], which every process has in whole, on the devices; each process feeds its own."""
+
+  def one(x):
+    return jax.make_array_from_callback(x.shape, batch_sharding(mesh, len(x)), lambda index: x[index])
+
+  return jax.tree.map(one, rows)
+
+
+def copied(tree: Any, mesh: Mesh | None) -> Any:
+  """Asks for a copy on each device, so that any process can read the arrays; changes nothing on one device."""
+  return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
+
+
 def spread(x_BL: jax.Array, mesh: Mesh | None) -> jax.Array:
   """Asks for `token_spec`, of an array [B, L, ...]; changes nothing on one device."""
   spec = token_spec(mesh, *x_BL.shape[:2])

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from moe_lab.config.resolve import to_json
 from moe_lab.config.schema import Config
 from moe_lab.data.loader import Data, open_data
 from moe_lab.errors import RunError
@@ -13,19 +14,20 @@ from moe_lab.evaluate.bigram import bigram_report
 from moe_lab.evaluate.flops import forward_flops_per_token
 from moe_lab.evaluate.held_out import held_out_report
 from moe_lab.evaluate.perplexity import evaluate, make_eval_step
+from moe_lab.io import hosts
 from moe_lab.io.checkpoint import Checkpointer
 from moe_lab.io.files import dump_json, write_text
 from moe_lab.io.progress import Progress
 from moe_lab.io.run import Run, open_run
-from moe_lab.io.writers import MetricsWriter, read_metrics
+from moe_lab.io.writers import MetricsWriter, NoWriter, read_metrics
 from moe_lab.nn.transformer import Transformer
 from moe_lab.ops import native
 from moe_lab.sharding.mesh import mesh_or_none
-from moe_lab.sharding.rules import batch_sharding, state_shardings
+from moe_lab.sharding.rules import on_devices, state_shardings
 from moe_lab.train.losses import num_twins
 from moe_lab.train.metrics import Metrics, merge, summarise
 from moe_lab.train.optimizer import make_optimizer
-from moe_lab.train.signals import Preemption
+from moe_lab.train.signals import AnyPreempted, Preemption
 from moe_lab.train.state import TrainState, initial_state
 from moe_lab.train.step import make_train_step
 
@@ -62,6 +64,8 @@ class Ledger:
 def train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_at: int | None = None) -> dict:
   """Trains until `config.train.steps`, or continues the run in `workdir`.
 
+  On several hosts, each calls it with the same arguments; the first writes.
+
   Args:
     config: of the run.
     workdir: its directory.
@@ -73,17 +77,28 @@ def train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_
     The result: what the program prints as its last line.
 
   Raises:
-    UserError: bad data, another run in `workdir`.
+    UserError: bad data, another run in `workdir`, hosts that have not the same.
     RunError: the run failed (not finite, disk full).
-    SystemExit: 75 after SIGTERM, with everything saved.
+    SystemExit: 75 after SIGTERM to any process, with everything saved.
   """
+  with Preemption() as preemption:  # first, for once hosts have met jax takes SIGTERM and keeps it to itself
+    return _train(config, workdir, cache_dir, argv, stop_at, preemption)
+
+
+def _train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_at, preemption: Preemption) -> dict:
+  hosts.check_same("the configuration", to_json(config))
   mesh = mesh_or_none(config.mesh)  # first, for it says what does not fit
   data = open_data(config.data, cache_dir)
+  hosts.check_same("config.data", [data.fingerprint, data.manifest])
+  first = hosts.is_first()
   with open_run(workdir, config, fingerprint=data.fingerprint, manifest=data.manifest, argv=argv) as run:
-    if data.tokenizer is not None:
+    if first and data.tokenizer is not None:
       (workdir / "tokenizer.model").write_bytes(data.tokenizer.model)  # so that the run can be used without its data
-    with Checkpointer(workdir, config.train.keep_checkpoints) as checkpointer, MetricsWriter(workdir) as writer:
-      with Progress(config.train.steps) as progress, Preemption() as preemption:
+    with (
+      Checkpointer(workdir, config.train.keep_checkpoints) as checkpointer,
+      MetricsWriter(workdir) if first else NoWriter() as writer,
+    ):
+      with Progress(config.train.steps, shown=first) as progress:
         if jax.default_backend() == "cpu":
           run.note(cpu_kernels="native" if native.available() else "XLA")
         return _Training(config, mesh, run, data, checkpointer, writer, progress, preemption, stop_at).run()
@@ -95,8 +110,8 @@ class _Training:
   def __init__(self, config: Config, mesh, run: Run, data: Data, checkpointer, writer, progress, preemption, stop_at):
     self.config, self.run_record, self.data = config, run, data
     self.checkpointer, self.writer, self.progress = checkpointer, writer, progress
-    self.preemption, self.stop_at = preemption, stop_at
-    self.mesh = mesh
+    self.mesh, self.stop_at = mesh, stop_at
+    self.preempted = AnyPreempted(preemption, mesh)
     self.model, self.optimizer = Transformer(config, self.mesh), make_optimizer(config.train)
     self.eval_step = make_eval_step(config, self.model)
     self.loader = data.train_loader(config.train.batch_size)
@@ -105,17 +120,18 @@ class _Training:
     """Trains to the end; see `train`."""
     config = self.config.train
     state, step = self._start()
-    train_step = make_train_step(self.config, self.model, self.optimizer)
+    train_step = self.preempted.along(make_train_step(self.config, self.model, self.optimizer))
     since, first, started = None, step, time.monotonic()
     while step < config.steps:
-      if self.preemption.requested or step == self.stop_at:
+      if self.preempted.requested() or step == self.stop_at:
         if since is not None:
           self._log(step, state, since, first, started)
         self._save(step, state)
         self.checkpointer.wait()
         self.progress.note(f"stopped at step {step} of {config.steps}; the same command goes on from here")
         raise SystemExit(PREEMPTED)
-      state, metrics = train_step(state, self._on_devices(next(self.loader)))
+      batch = next(self.loader)
+      state, metrics = train_step(state, on_devices(batch, self.mesh) if self.mesh else batch)
       since = metrics if since is None else merge(since, metrics)
       step += 1
       log = step % config.log_every == 0 or step == self.config.routing.warmup_steps
@@ -149,9 +165,6 @@ class _Training:
     self.writer.resume(step)
     self.ledger = Ledger(self.config, meta.get("spent"))
     return state, step
-
-  def _on_devices(self, batch):
-    return jax.device_put(batch, batch_sharding(self.mesh, len(batch.tokens))) if self.mesh else batch
 
   def _save(self, step: int, state: TrainState) -> None:
     if self.checkpointer.latest_step() != step:
@@ -227,7 +240,8 @@ class _Training:
       "twins_per_batch": num_twins(self.config, self.config.train.batch_size),
       "workdir": self.run_record.workdir,
     }
-    write_text(self.run_record.workdir / "evaluation.json", dump_json(report | {"result": result}) + "\n")
+    if hosts.is_first():
+      write_text(self.run_record.workdir / "evaluation.json", dump_json(report | {"result": result}) + "\n")
     self.progress.note(_in_words(result))
     return result
 

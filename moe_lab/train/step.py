@@ -7,7 +7,7 @@ import optax
 from moe_lab.config.schema import Config
 from moe_lab.nn.transformer import Transformer
 from moe_lab.routing.registry import make_router
-from moe_lab.sharding.rules import state_shardings
+from moe_lab.sharding.rules import copied, state_shardings
 from moe_lab.train.losses import compute_loss
 from moe_lab.train.metrics import Metrics, observed
 from moe_lab.train.optimizer import learning_rate_schedule
@@ -86,6 +86,6 @@ def make_train_step(config: Config, model: Transformer, optimizer: optax.Gradien
     )
     if model.mesh is not None:  # or the update would be spread as the compiler likes it
       new = jax.lax.with_sharding_constraint(new, state_shardings(new, model.mesh))
-    return new, metrics
+    return new, copied(metrics, model.mesh)
 
   return jax.jit(train_step, donate_argnums=0)

@@ -3,7 +3,7 @@
 import pytest
 
 from moe_lab.config import base_config
-from moe_lab.config.sweep import Sweep, axis, load_sweep, product
+from moe_lab.config.sweep import Run, Sweep, axis, load_sweep, product, zipped
 from moe_lab.errors import ConfigError, UserError
 
 ARMS = axis("arm", {f"topk-{k}": {"routing.method": "topk", "routing.k": k} for k in (1, 2)}, role="fixed")
@@ -46,8 +46,8 @@ def test_select():
 
 
 def test_mistakes_are_told_where_they_are_made():
-  with pytest.raises(ConfigError, match=r"config.routing.methd = 'topk': .*did you mean 'routing.method'"):
-    axis("arm", {"a": {"routing.methd": "topk"}})
+  with pytest.raises(UserError, match=r"entry 2 of 2, b: config.routing.methd = 'topk': .*mean 'routing.method'"):
+    axis("arm", {"a": {}, "b": {"routing.methd": "topk"}})
   with pytest.raises(ConfigError, match=r"config.train.seed = 7: wanted one value a run, and 0 has 0"):
     product(SEEDS, axis("other", {"x": {"train.seed": 7}}))
   with pytest.raises(UserError, match="2 runs are called 'topk-1'"):
@@ -56,6 +56,32 @@ def test_mistakes_are_told_where_they_are_made():
   wrong = Sweep(base_config(), axis("arm", {"a": {"routing.method": "topq"}}))
   with pytest.raises(ConfigError, match=r"config.routing.method = 'topq': .*'topk'"):
     wrong.config(wrong.runs[0])
+  with pytest.raises(UserError, match="a run is called 'text:/x': wanted letters"):
+    Sweep(base_config(), axis("corpus", {"text:/x": {}}))
+
+
+@pytest.mark.parametrize(
+  ("overrides", "words"),
+  [
+    ({"train.stepz": 3}, "config.train.stepz = 3: wanted the name of a field (did you mean 'train.steps'?)"),
+    ({"stepz": 3}, "config.stepz = 3: wanted the name of a field (did you mean 'train.steps'?)"),
+    ({"train.steps": 0}, "config.train.steps = 0: wanted"),
+  ],
+)
+def test_a_mistake_in_the_seventh_entry_names_it(overrides, words):
+  runs = [Run({"arm": f"a{number}"}, overrides if number == 7 else {}) for number in range(1, 9)]
+  with pytest.raises(UserError) as caught:
+    Sweep(base_config(), runs).configs()
+  assert str(caught.value).startswith(f"sweep entry 7 of 8, a7: {words}")
+
+
+def test_zipped_takes_axes_together():
+  rates = axis("rate", {"slow": {"train.learning_rate": 1e-3}, "fast": {"train.learning_rate": 2e-3}})
+  runs = zipped(SEEDS, rates)
+  assert [run.name for run in runs] == ["0-slow", "1-fast"]
+  assert runs[1].overrides == {"train.seed": 1, "data.seed": 1, "train.learning_rate": 2e-3}
+  with pytest.raises(UserError, match="zipped parts have 2, 3 runs"):
+    zipped(SEEDS, ARMS)
 
 
 HEAD = "from moe_lab.config import base_config\nfrom moe_lab.config.sweep import Sweep, axis\ndef get_sweep(arg='x'):\n"

@@ -255,5 +255,5 @@ def test_a_worker_that_was_told_to_stop_takes_no_further_job(monkeypatch, tmp_pa
   monkeypatch.setattr(local.os, "dup2", lambda *_: None)  # stderr stays pytest's
   for name in ("first", "second"):
     with pytest.raises(SystemExit):
-      local._perform_apart(perform, runner.Job(tmp_path / name, None, {}, "validation", []))
+      local.perform_apart(perform, runner.Job(tmp_path / name, None, {}, "validation", []))
   assert taken == ["first"]

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -137,6 +138,33 @@ def test_stale_locks_are_taken_over_and_foreign_ones_believed(tmp_path):
     start(tmp_path).close()
   lock.write_text(json.dumps({**held, "host": "elsewhere.example"}))
   refuse("on elsewhere.example", tmp_path)
+
+
+def test_an_earlier_attempt_of_the_same_job_does_not_block(tmp_path, monkeypatch):
+  start(tmp_path).close()
+  lock = tmp_path / "lock"
+  monkeypatch.setenv("MOE_LAB_JOB", "job 7")
+  with start(tmp_path):
+    held = json.loads(lock.read_text())
+  assert held["job"] == "job 7"
+  # Its node has died: the scheduler began this attempt because it knows.
+  lock.write_text(json.dumps({**held, "host": "elsewhere.example"}))
+  start(tmp_path).close()
+  # Another job's, and one of no job, are alive for all we know.
+  for job in ("job 8", None):
+    lock.write_text(json.dumps({**held, "host": "elsewhere.example", "job": job}))
+    refuse("on elsewhere.example", tmp_path)
+  # Here it is waited for: some seconds to be gone, and refused if it stays.
+  child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
+  reaper = threading.Thread(target=child.wait)
+  reaper.start()
+  lock.write_text(json.dumps({**held, "pid": child.pid, "born": None}))
+  start(tmp_path).close()
+  assert child.poll() is not None
+  reaper.join()
+  monkeypatch.setattr("moe_lab.io.lock._LEAVING", 0.1)
+  lock.write_text(json.dumps({**held, "pid": os.getppid(), "born": None}))
+  refuse(f"in use by process {os.getppid()}", tmp_path)
 
 
 def test_a_lock_taken_by_another_is_not_released(tmp_path):

@@ -1,5 +1,7 @@
 """The mesh's sizes, and the rules by which arrays are spread over it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -52,6 +54,34 @@ def test_axes_that_do_not_divide_the_model_are_refused(mesh, line):
 def test_one_device_has_no_mesh():
   assert make_mesh(MeshConfig()).axis_names == AXES
   assert mesh_or_none(MeshConfig()) is None
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What a mesh asks of a device that is not here."""
+
+  id: int
+  process_index: int
+  slice_index: int = 0
+  coords: tuple[int, ...] = (0, 0, 0)
+  platform: str = "cpu"
+  device_kind: str = "TPU v5 lite"
+  core_on_chip: int = 0
+
+
+def test_copies_of_the_model_are_spread_over_slices_and_nothing_else_is():
+  places = [(x, y, 0) for y in range(2) for x in range(2)]
+  chips = [Chip(4 * s + i, s, s, place, "tpu") for s in range(2) for i, place in enumerate(places)]
+  mesh = make_mesh(MeshConfig(slices=2, expert=2), chips)
+  assert mesh.shape["data"] == 4 and mesh.shape["expert"] == 2
+  by_copy = [[chip.slice_index for chip in copy.flat] for copy in mesh.devices]
+  assert by_copy == [[0, 0], [0, 0], [1, 1], [1, 1]]
+
+
+def test_off_tpu_the_devices_of_a_process_stand_together():
+  chips = [Chip(id, id % 2) for id in range(8)]
+  by_copy = [[chip.process_index for chip in copy.flat] for copy in make_mesh(MeshConfig(expert=4), chips).devices]
+  assert by_copy == [[0] * 4, [1] * 4]
 
 
 def test_a_name_says_how_its_parameter_is_spread():

@@ -20,7 +20,9 @@ from moe_lab.types import Batch
 
 EXPERTS = ("_EDF", "_EFD")  # how the names of experts' weights end
 
-_RAN_OUT = re.compile(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm")
+# What the compiler says that is not there: all that it would hold, or where already they are too many, the temporaries.
+_ALL_USED = re.compile(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm")
+_TEMPORARIES = re.compile(r"required for HLO temporaries \(([\d.]+)([KMG]?)\) exceeds available HBM")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -74,15 +76,18 @@ def compile_train_step(config: Config, mesh: Mesh) -> Compiled:
   state, batch = train_step_inputs(config, mesh)
   optimizer = make_optimizer(config.train)
   lowered = make_train_step(config, Transformer(config, mesh), optimizer).lower(state, batch)
-  return dataclasses.replace(read_off(lowered, state.params, mesh), optimizer_bytes=sharded_bytes(state.opt_state))
+  return dataclasses.replace(
+    read_off(lowered, state.params, (state, batch), mesh), optimizer_bytes=sharded_bytes(state.opt_state)
+  )
 
 
-def read_off(lowered: jax.stages.Lowered, params, mesh: Mesh) -> Compiled:
+def read_off(lowered: jax.stages.Lowered, params, arguments, mesh: Mesh) -> Compiled:
   """Compiles a program, and reads off what it says but for the bytes of optimizer and cache.
 
   Args:
     lowered: of the program.
     params: the model's, as shapes with shardings.
+    arguments: all that the program is given, likewise.
     mesh: of devices.
   """
   experts = [leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0] if path[-1].key.endswith(EXPERTS)]
@@ -90,15 +95,13 @@ def read_off(lowered: jax.stages.Lowered, params, mesh: Mesh) -> Compiled:
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    used = bytes_used(str(error))
+    used = bytes_used(str(error), sharded_bytes(arguments))
     if used is None:
       raise
     temporary, collected = None, []
   else:
-    used, temporary, collected = (
-      *_planned(compiled.memory_analysis()),
-      collectives(compiled.as_text(), _slice_sizes(mesh)),
-    )
+    used, temporary = _planned(compiled.memory_analysis())
+    collected = collectives(compiled.as_text(), _slice_sizes(mesh))
   return Compiled(
     parameter_bytes=sharded_bytes(params),
     expert_bytes=sharded_bytes(experts),
@@ -117,10 +120,17 @@ def _slice_sizes(mesh: Mesh) -> dict[str, int]:
   return dict(mesh.shape) | {"data": mesh.shape["data"] // slices}
 
 
-def bytes_used(message: str) -> int | None:
-  """Returns the bytes that a program would have used, of the compiler's complaint that they are not there."""
-  match = _RAN_OUT.search(message)
-  return int(float(match[1]) * _UNITS[match[2]]) if match else None
+def bytes_used(message: str, arguments: int) -> int | None:
+  """Returns the bytes that a program would have held, by the compiler's complaint; None if that is of something else.
+
+  Args:
+    message: of the error.
+    arguments: bytes that a chip holds of what the program is given.
+  """
+  if match := _ALL_USED.search(message):
+    return int(float(match[1]) * _UNITS[match[2]])
+  match = _TEMPORARIES.search(message)
+  return arguments + int(float(match[1]) * _UNITS[match[2]]) if match else None
 
 
 def _planned(memory) -> tuple[int, int]:

@@ -77,8 +77,9 @@ def compile_serving(config: Config, mesh: Mesh, serving: Serving) -> Compiled:
     run = functools.partial(programs.read, model, None)
     last = _placed(jax.eval_shape(lambda: _chunk(serving)), everywhere)
   program = jax.jit(run, donate_argnums=(2, 3), out_shardings=(by_ring, by_slot, None))
-  lowered = program.lower(params, _placed(state.router_state, everywhere), cache, slots, last)
-  return dataclasses.replace(read_off(lowered, params, mesh), cache_bytes=sharded_bytes(cache))
+  arguments = params, _placed(state.router_state, everywhere), cache, slots, last
+  compiled = read_off(program.lower(*arguments), params, arguments, mesh)
+  return dataclasses.replace(compiled, cache_bytes=sharded_bytes(cache))
 
 
 def _chunk(serving: Serving) -> programs.Chunk:

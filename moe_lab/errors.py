@@ -7,6 +7,8 @@ The programs catch `UserError`, print its message on stderr and leave with its
 import difflib
 from collections.abc import Iterable
 
+PREEMPTED = 75  # exit code after SIGTERM (EX_TEMPFAIL): saved, safe to start again
+
 
 class UserError(Exception):
   """A mistake outside the program: one line that says what to change."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from experiments.routing_study.measure import OWN
 from moe_lab.errors import UserError
 from moe_lab.io.files import dump_json, write_text
-from moe_lab.report.numbers import number, plus_minus, scaled
+from moe_lab.report.numbers import aligned, number, plus_minus, scaled
 from moe_lab.report.study_page import study_page
 
 
@@ -57,9 +57,9 @@ def line(record: dict) -> str:
 
 def text(study: dict) -> str:
   """Returns the tables as plain text."""
-  parts = [_aligned(_arm_lines(study["arms"]))]
+  parts = [aligned(_arm_lines(study["arms"]))]
   if study["comparisons"]:
-    parts.append(_aligned(_comparison_lines(study["comparisons"])))
+    parts.append(aligned(_comparison_lines(study["comparisons"])))
   return "\n\n".join(parts)
 
 
@@ -99,10 +99,3 @@ def _comparison_lines(comparisons: Sequence[dict]) -> list[list[str]]:
       ]
     )
   return lines
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  return "\n".join(
-    "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-  )

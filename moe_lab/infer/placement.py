@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec as P
 from moe_lab.config.schema import ModelConfig
 from moe_lab.errors import ConfigError, UserError
 from moe_lab.nn.transformer import unstack_layers
-from moe_lab.sharding.cache import ring_spec, rows_spec
-from moe_lab.sharding.rules import BATCH, COPIED, num_along, params_shardings, token_spec
+from moe_lab.sharding.cache import ring_spec
+from moe_lab.sharding.rules import BATCH, COPIED, batch_sharding, num_along, params_shardings, token_spec
 
 
 def served(params: Any, config: ModelConfig) -> dict:
@@ -45,5 +45,5 @@ def shardings(mesh: Mesh, params: Any, slots: int) -> tuple[Any, NamedSharding, 
   return (
     params_shardings(params, mesh),
     NamedSharding(mesh, ring_spec(mesh, slots)),
-    NamedSharding(mesh, rows_spec(mesh, slots)),
+    batch_sharding(mesh, slots),
   )

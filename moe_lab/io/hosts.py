@@ -99,6 +99,8 @@ def all_hold(true: bool) -> bool:
 
 def check_same(what: str, value: object) -> None:
   """Raises UserError, on all processes, unless `value` (of JSON's types) is the same on all."""
+  if jax.process_count() == 1:
+    return
   digest = np.frombuffer(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest(), np.uint8)
   digests = np.reshape(multihost_utils.process_allgather(digest), (-1, digest.size))
   others = np.flatnonzero((digests != digests[0]).any(1))

@@ -17,10 +17,9 @@ import yaml
 
 from moe_lab.config.resolve import diff
 from moe_lab.config.schema import Config
-from moe_lab.errors import UserError, did_you_mean
+from moe_lab.errors import PREEMPTED, UserError, did_you_mean
 from moe_lab.io import lock
 
-_PREEMPTED = 75  # as in moe_lab/train/loop.py, which needs jax; a test holds them together
 _SAVING = 300  # seconds that a pod has between SIGTERM and its end
 _LONGEST = 40  # characters of a JobSet's name: Kubernetes adds slice, host and a suffix to make a pod's, of 63
 
@@ -131,7 +130,7 @@ def jobset(name: str, workdir: Path, run: str, config: Config, pod: Pod) -> dict
     "backoffLimit": 0,  # a host alone cannot go on: the JobSet begins again with all of them
     "podFailurePolicy": {
       "rules": [
-        {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": [_PREEMPTED]}},
+        {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": [PREEMPTED]}},
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget"}]},
       ]
     },

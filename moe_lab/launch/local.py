@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from moe_lab.config import program
-from moe_lab.errors import RunError
+from moe_lab.errors import PREEMPTED, RunError
 
 # What imports jax is imported where it is used: a worker gets its cores before jax counts them.
 
@@ -33,7 +33,6 @@ class Job(Protocol):
 
 def stop_of(preemption) -> Stop:
   """Returns what raises SystemExit(75) once SIGTERM has come: `preemption` is a `train.signals.Preemption`."""
-  from moe_lab.train.loop import PREEMPTED
 
   def stop() -> None:
     if preemption.requested:
@@ -101,7 +100,6 @@ def perform_apart(perform: Callable[[Job, Stop], dict], job: Job) -> dict:
     SystemExit: 75 after SIGTERM.
   """
   global _leaving
-  from moe_lab.train.loop import PREEMPTED
   from moe_lab.train.signals import Preemption
 
   job.folder.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from moe_lab.nn.transformer import Transformer
 from moe_lab.preflight.hlo import Collective, collectives
 from moe_lab.sharding.rules import batch_sharding, state_shardings
 from moe_lab.train.optimizer import make_optimizer
-from moe_lab.train.state import initial_state
+from moe_lab.train.state import abstract_state
 from moe_lab.train.step import make_train_step
 from moe_lab.types import Batch
 
@@ -61,7 +61,7 @@ def sharded_bytes(tree) -> int:
 
 def train_step_inputs(config: Config, mesh: Mesh):
   """Returns the shapes of a training state and a batch, spread over the mesh."""
-  state = jax.eval_shape(lambda: initial_state(config, make_optimizer(config.train)))
+  state = abstract_state(config)
   rows = jax.ShapeDtypeStruct(
     (config.train.batch_size, config.data.seq_len + 1),
     jnp.int32,

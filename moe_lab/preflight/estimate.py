@@ -19,10 +19,9 @@ from jax.sharding import PartitionSpec as P
 from moe_lab.config.schema import Config
 from moe_lab.nn.attention import layer_windows
 from moe_lab.preflight.chips import Chip
-from moe_lab.preflight.roofline import Roofline, train_roofline
+from moe_lab.preflight.roofline import Roofline, itemsize, train_roofline
 from moe_lab.sharding.rules import AXES, BATCH, num_along, parameter_spec, token_spec
-from moe_lab.train.optimizer import make_optimizer
-from moe_lab.train.state import initial_state
+from moe_lab.train.state import abstract_state
 
 MODEL_BUFFERS, EXPERT_BUFFERS = 4, 5  # of rows, alive at a time
 FETCHES = 2  # of a layer's weights in a micro-batch: forward and backward
@@ -56,7 +55,7 @@ class Estimate:
 
 def weights_of(config: Config) -> list[Weights]:
   """Returns the parameters of a model."""
-  params = jax.eval_shape(lambda: initial_state(config, make_optimizer(config.train))).params
+  params = abstract_state(config).params
   leaves = jax.tree_util.tree_flatten_with_path(params)[0]
   return [Weights(math.prod(leaf.shape), tuple(parameter_spec(path[-1].key, leaf.ndim))) for path, leaf in leaves]
 
@@ -79,7 +78,7 @@ def estimate(config: Config, weights: list[Weights], sizes: Mapping[str, int], c
   """
   model, train = config.model, config.train
   mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
-  itemsize = 2 if model.dtype == "bfloat16" else 4
+  each = itemsize(config)  # bytes of an activation
   tokens = train.batch_size // train.accumulate * config.data.seq_len * sizes["model"] / mesh.size  # of a chip
   experts = [w for w in weights if w.of_experts]
   rest = [w for w in weights if not w.of_experts]
@@ -90,11 +89,11 @@ def estimate(config: Config, weights: list[Weights], sizes: Mapping[str, int], c
   saved = 1 if model.remat == "full" else model.num_layers
   layer = sum(w.part(sizes, "fsdp") for w in experts) / model.num_layers + 2 * config.data.vocab_size * model.dim
   gradients = held * (2 if train.accumulate > 1 else 1)
-  memory = 3 * held + gradients + 2 * itemsize * layer
-  memory += itemsize * (model.num_layers * tokens * model.dim + saved * rows * widths)
+  memory = 3 * held + gradients + 2 * each * layer
+  memory += each * (model.num_layers * tokens * model.dim + saved * rows * widths)
 
   fetched = sum(w.part(sizes, "fsdp") for w in weights if "fsdp" in w.spec) * _others(sizes["fsdp"])
-  sent = fetched * (FETCHES * itemsize + 4)  # and the gradients scattered in float32
+  sent = fetched * (FETCHES * each + 4)  # and the gradients scattered in float32
   sent += 8 * sum(w.part(sizes) for w in experts) * _others(sizes["data"] * sizes["sequence"])
   if token_spec(mesh, train.batch_size // train.accumulate, config.data.seq_len)[0] == BATCH:
     copies = sizes["data"] * sizes["expert"] * sizes["sequence"]
@@ -104,12 +103,12 @@ def estimate(config: Config, weights: list[Weights], sizes: Mapping[str, int], c
     sent += 8 * sum(w.part(sizes, "fsdp") for w in rest) * _others(mesh.size // sizes["model"])
     stretches = num_along(mesh, (*BATCH, "sequence"))
   layers = model.num_layers
-  there = tokens * config.routing.mean_count * model.dim * itemsize * _others(sizes["expert"])
+  there = tokens * config.routing.mean_count * model.dim * each * _others(sizes["expert"])
   sent += layers * 2 * PASSES * there
-  sent += layers * 2 * PASSES * 2 * tokens * model.dim * itemsize * _others(sizes["model"])
+  sent += layers * 2 * PASSES * 2 * tokens * model.dim * each * _others(sizes["model"])
   seen = sum(window is None for window in layer_windows(model)) / sizes["model"]  # groups that see everything
   keys = 2 * seen * model.head_dim * tokens * stretches  # and values; gathered twice, gradients scattered in float32
-  sent += layers * keys * (2 * itemsize + 4) * _others(stretches)
+  sent += layers * keys * (2 * each + 4) * _others(stretches)
   network = train.accumulate * sent / chip.link_bandwidth
   return Estimate(memory, train_roofline(config, held, 2 * held, sizes["fsdp"], network, chip, mesh.size))
 

@@ -13,13 +13,12 @@ from moe_lab.preflight.roofline import bytes_sent, roofline, serving_roofline
 from moe_lab.preflight.serving import Serving, compile_serving
 from moe_lab.preflight.topology import topology_devices
 from moe_lab.sharding.mesh import make_mesh
-from moe_lab.train.optimizer import make_optimizer
-from moe_lab.train.state import initial_state
+from moe_lab.train.state import abstract_state
 
 
 def parameter_counts(config: Config) -> tuple[int, int]:
   """Returns the parameters, and those that a token with the most experts takes part of."""
-  params = jax.eval_shape(lambda: initial_state(config, make_optimizer(config.train))).params
+  params = abstract_state(config).params
   sizes = collections.Counter()
   for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
     sizes["experts" if path[-1].key.endswith(EXPERTS) else "rest"] += math.prod(leaf.shape)

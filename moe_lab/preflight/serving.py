@@ -15,8 +15,7 @@ from moe_lab.infer.engine import READERS
 from moe_lab.infer.placement import check_mesh, served, shardings
 from moe_lab.nn.transformer import Transformer
 from moe_lab.preflight.compile import Compiled, read_off, sharded_bytes
-from moe_lab.train.optimizer import make_optimizer
-from moe_lab.train.state import initial_state
+from moe_lab.train.state import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +47,7 @@ class Serving:
 
 def _placed(tree, where):
   """Returns shapes with their shardings; `where`: one, or a tree of them."""
-  if isinstance(where, NamedSharding):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
-  return jax.tree.map(lambda x, w: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=w), tree, where)
+  return jax.tree.map(lambda sharding, part: jax.tree.map(lambda x: x.update(sharding=sharding), part), where, tree)
 
 
 def compile_serving(config: Config, mesh: Mesh, serving: Serving) -> Compiled:
@@ -60,7 +57,7 @@ def compile_serving(config: Config, mesh: Mesh, serving: Serving) -> Compiled:
     UserError: the mesh does not divide the slots or the chunk.
   """
   check_mesh(mesh, serving.slots, min(serving.slots, READERS), serving.chunk)
-  state = jax.eval_shape(lambda: initial_state(config, make_optimizer(config.train)))
+  state = abstract_state(config)
   params = jax.eval_shape(functools.partial(served, config=config.model), state.params)
   by_name, by_ring, by_slot = shardings(mesh, params, serving.slots)
   everywhere = NamedSharding(mesh, P())

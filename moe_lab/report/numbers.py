@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them."""
+"""Numbers, and tables of them in a terminal, as a reader wants them."""
 
 import math
 from collections.abc import Sequence
@@ -47,3 +47,9 @@ def plus_minus(entry: dict | None, digits: int) -> str:
     return number(None)
   spread = "" if entry["spread"] is None else f" ± {number(entry['spread'], digits)}"
   return number(entry["mean"], digits) + spread
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+  """Returns lines of cells as plain text, each column as wide as its widest cell."""
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

@@ -5,7 +5,10 @@ import hashlib
 import html
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
+from moe_lab.errors import RunError
+from moe_lab.io.files import write_text
 from moe_lab.report.palette import level_rules
 
 # Blue, vermilion, green, purple, ochre, grey, brown, sky after Okabe and Ito, which the colour-blind tell apart;
@@ -185,3 +188,12 @@ def note(text: str) -> str:
 
 def _anchor(name: str) -> str:
   return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def write_page(path: Path, document: str) -> Path:
+  """Writes a document and returns its place; RunError where it cannot be written."""
+  try:
+    write_text(path, document)
+  except OSError as error:
+    raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+  return path

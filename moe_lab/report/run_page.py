@@ -6,13 +6,12 @@ import statistics
 from pathlib import Path
 
 from moe_lab.config import Config, diff
-from moe_lab.errors import RunError, UserError
-from moe_lab.io.files import write_text
+from moe_lab.errors import UserError
 from moe_lab.io.run import load_run
 from moe_lab.io.writers import read_metrics
 from moe_lab.report.curves import budget_section, loss_section
 from moe_lab.report.numbers import is_number, number, scaled
-from moe_lab.report.page import escape, note, page, table
+from moe_lab.report.page import escape, note, page, table, write_page
 from moe_lab.report.passage import passage
 from moe_lab.report.routing_sections import class_section, counts_section, last_with, load_section, recent_mean
 
@@ -49,12 +48,7 @@ def write_report(workdir: Path) -> Path:
     ("How it was made", _origin(config, info)),
   ]
   document = page(f"moe_lab run: {workdir.absolute().name}", _head(config, info, train, evals, final), sections)
-  path = workdir / "report.html"
-  try:
-    write_text(path, document)
-  except OSError as err:
-    raise RunError(f"{path} cannot be written: {err.strerror or err}") from err
-  return path
+  return write_page(workdir / "report.html", document)
 
 
 def _head(config: Config, info: dict, train: list[dict], evals: list[dict], final: dict) -> str:

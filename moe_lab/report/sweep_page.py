@@ -6,11 +6,9 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moe_lab.errors import RunError
-from moe_lab.io.files import write_text
 from moe_lab.report.charts import Point, Series, line_chart
 from moe_lab.report.numbers import is_number, mean
-from moe_lab.report.page import escape, figure, note, page, table
+from moe_lab.report.page import escape, figure, note, page, table, write_page
 from moe_lab.report.sweep_runs import SEED, axes_of, best_first, group_table, groups_of, read_sweep, run_table
 
 _MOST_CURVES = 8  # the page's line colours
@@ -23,13 +21,7 @@ def write_sweep_report(workdir: Path) -> Path:
     UserError: there is no sweep, or its records cannot be read.
     RunError: the page cannot be written.
   """
-  path = workdir / "sweep.html"
-  document = sweep_page(read_sweep(workdir), workdir.absolute().name)
-  try:
-    write_text(path, document)
-  except OSError as error:
-    raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
-  return path
+  return write_page(workdir / "sweep.html", sweep_page(read_sweep(workdir), workdir.absolute().name))
 
 
 def sweep_page(sweep: Mapping, name: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moe_lab.errors import UserError
 from moe_lab.io.writers import read_metrics
-from moe_lab.report.numbers import is_number, number, plus_minus, scaled
+from moe_lab.report.numbers import aligned, is_number, number, plus_minus, scaled
 
 SEED = "seed"  # the axis whose options are repetitions of one thing
 # Result key -> its column's title and how a number is written there.
@@ -119,16 +119,14 @@ def run_table(runs: Sequence[Mapping]) -> tuple[list[str], list[list[str]]]:
 def sweep_text(sweep: Mapping) -> str:
   """Returns the tables of the runs, and of their means where there are seeds, as plain text."""
   runs = sweep["runs"]
-  parts = [_aligned(*run_table(runs))]
+  parts = [_text(*run_table(runs))]
   if SEED in axes_of(runs) and (groups := groups_of(runs)):
-    parts.append("mean ± standard deviation over seeds, best first\n" + _aligned(*group_table(best_first(groups))))
+    parts.append("mean ± standard deviation over seeds, best first\n" + _text(*group_table(best_first(groups))))
   return "\n\n".join(parts)
 
 
-def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  lines = [head, *rows]
-  widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-  return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+def _text(head: list[str], rows: list[list[str]]) -> str:
+  return aligned([head, *rows])
 
 
 def _read(path: Path) -> dict:

@@ -15,18 +15,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_lab.ops.ring import Ring, ring_attention, write
-from moe_lab.sharding.rules import BATCH, num_along
+from moe_lab.sharding.rules import batch_sharding
 from moe_lab.sharding.sequence import common_windows
-
-
-def rows_spec(mesh: Mesh, rows: int) -> P:
-  """Returns how what has a row for each sequence [B, ...] is spread; P() where B is not divisible."""
-  return P(BATCH) if rows % num_along(mesh, BATCH) == 0 else P()
 
 
 def ring_spec(mesh: Mesh, rows: int) -> P:
   """Returns how a ring [B, W, M, H] is spread."""
-  return P(*rows_spec(mesh, rows) or (None,), None, "model")
+  return P(*batch_sharding(mesh, rows).spec or (None,), None, "model")
 
 
 def _by_ring(cache: tuple[Ring, ...], window_M, heads: int):

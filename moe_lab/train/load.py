@@ -3,16 +3,13 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 from moe_lab.config.schema import Config
 from moe_lab.errors import UserError
 from moe_lab.io.checkpoint import Checkpointer
 from moe_lab.io.run import load_run
 from moe_lab.nn.transformer import Transformer
 from moe_lab.routing.base import RouterState
-from moe_lab.train.optimizer import make_optimizer
-from moe_lab.train.state import initial_state
+from moe_lab.train.state import abstract_state
 
 
 class LoadedModel(NamedTuple):
@@ -75,7 +72,7 @@ def load_model(workdir: Path, step: int | None = None, budget: float | None = No
   """
   config, info = load_run(workdir)
   budget = checked_budget(config, budget)
-  abstract = jax.eval_shape(lambda: initial_state(config, make_optimizer(config.train)))
+  abstract = abstract_state(config)
   with Checkpointer(workdir, keep=None) as checkpointer:
     state, _, step = checkpointer.restore(abstract, step)
   return LoadedModel(

@@ -9,7 +9,7 @@ import numpy as np
 from moe_lab.config.resolve import to_json
 from moe_lab.config.schema import Config
 from moe_lab.data.loader import Data, open_data
-from moe_lab.errors import RunError
+from moe_lab.errors import PREEMPTED, RunError
 from moe_lab.evaluate.bigram import bigram_report
 from moe_lab.evaluate.flops import forward_flops_per_token
 from moe_lab.evaluate.held_out import held_out_report
@@ -28,10 +28,8 @@ from moe_lab.train.losses import num_twins
 from moe_lab.train.metrics import Metrics, merge, summarise
 from moe_lab.train.optimizer import make_optimizer
 from moe_lab.train.signals import AnyPreempted, Preemption
-from moe_lab.train.state import TrainState, initial_state
+from moe_lab.train.state import TrainState, abstract_state, initial_state
 from moe_lab.train.step import make_train_step
-
-PREEMPTED = 75  # EX_TEMPFAIL: safe to start again
 
 
 class Ledger:
@@ -150,7 +148,7 @@ class _Training:
 
   def _start(self) -> tuple[TrainState, int]:
     """Returns the state and the steps done: the newest checkpoint's, or the beginning."""
-    abstract, shardings = jax.eval_shape(lambda: initial_state(self.config, self.optimizer)), None
+    abstract, shardings = abstract_state(self.config), None
     if self.mesh:
       shardings = state_shardings(abstract, self.mesh)
     if self.checkpointer.latest_step() is None:

@@ -11,6 +11,7 @@ from moe_lab.nn.transformer import Transformer
 from moe_lab.routing.base import RouterState
 from moe_lab.routing.budget import BudgetState, initial_budget_state
 from moe_lab.routing.registry import make_router
+from moe_lab.train.optimizer import make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -49,3 +50,8 @@ def initial_state(config: Config, optimizer: optax.GradientTransformation) -> Tr
     budget_state=initial_budget_state(config.routing),
     skipped_in_a_row=jnp.zeros((), jnp.int32),
   )
+
+
+def abstract_state(config: Config) -> TrainState:
+  """Returns the shapes and types of `initial_state`, computing nothing."""
+  return jax.eval_shape(lambda: initial_state(config, make_optimizer(config.train)))

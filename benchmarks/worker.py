@@ -76,9 +76,8 @@ def main() -> None:
   answers = own_stdout()
   given = json.loads(sys.argv[1])
   contender = Contender(**given | {"case": Case(**given["case"])})
-  # As our programs do, which all but `generate` keep what is freed.
-  if contender.keep_memory or (contender.side == "ours" and contender.benchmark != "decode"):
-    keep_freed_memory()
+  if contender.keep_memory or contender.side == "ours":  # as our programs do
+    keep_freed_memory(one_arena=contender.benchmark != "decode")
   side = importlib.import_module(f"benchmarks.{contender.side}")
   before, started = resident(), time.perf_counter()
   work = side.BENCHMARKS[contender.benchmark](contender.case, contender.variant)

@@ -283,4 +283,4 @@ def main(workdir: Path) -> dict:
 
 
 if __name__ == "__main__":
-  program.run(main, FLAGS, keep_memory=False)  # decoding takes few blocks of memory
+  program.run(main, FLAGS, one_arena=False)

@@ -33,7 +33,7 @@ absl_flags.disclaim_key_flags()
 
 
 def run(
-  main: Callable[..., dict | None], flags: absl_flags.FlagValues | None = None, *, keep_memory: bool = True
+  main: Callable[..., dict | None], flags: absl_flags.FlagValues | None = None, *, one_arena: bool = True
 ) -> None:
   """Runs a program, and exits.
 
@@ -43,12 +43,12 @@ def run(
       optional on the command line. Any other parameter is a word of the command
       line ("" if it is missing). Returns the result, or None in a process of several that has nothing to say.
     flags: the program's own flags, defined with `flag_values=flags` so that two programs may use the same name.
-    keep_memory: whether glibc keeps what is freed (`keep_freed_memory`).
+    one_arena: of `keep_freed_memory`; a program that decodes is faster with several.
   """
-  sys.exit(_run(main, absl_flags.FlagValues() if flags is None else flags, keep_memory))
+  sys.exit(_run(main, absl_flags.FlagValues() if flags is None else flags, one_arena))
 
 
-def _run(main: Callable[..., dict | None], flags: absl_flags.FlagValues, keep_memory: bool) -> int:
+def _run(main: Callable[..., dict | None], flags: absl_flags.FlagValues, one_arena: bool) -> int:
   parameters = inspect.signature(main).parameters
   try:
     command_line.define(flags, set(parameters))
@@ -60,7 +60,7 @@ def _run(main: Callable[..., dict | None], flags: absl_flags.FlagValues, keep_me
     required = {name for name, p in parameters.items() if p.default is p.empty and name not in words}
     arguments = command_line.parse(sys.argv, flags, required, words)
     absl_flags.FLAGS.mark_as_parsed()  # libraries look up flags of their own there
-    prepare(keep_memory)
+    prepare(one_arena)
     result = main(**arguments)
     if result is not None:
       print(json.dumps(_plain(result)), flush=True)
@@ -81,12 +81,11 @@ def explain(error: BaseException) -> int:
   return 1
 
 
-def prepare(keep_memory: bool = True) -> None:
+def prepare(one_arena: bool = True) -> None:
   """Sets up a process that is to compute: logs, jax's environment, memory. Comes before jax is imported."""
   _quiet_logs()
   _set_environment()
-  if keep_memory:
-    keep_freed_memory()
+  keep_freed_memory(one_arena)
 
 
 def seeds(texts: list[str]) -> list[int]:
@@ -109,19 +108,21 @@ def _set_environment() -> None:
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(one_arena: bool = True) -> None:
   """Tells glibc to keep what is freed; nothing happens on another C library.
 
   XLA on CPU takes a step's buffers anew at every step. By default glibc gives
   blocks of that size back to the system, which clears each page again when it
   is next touched: in a virtual machine about a seventh of a small model's step.
-  Decoding takes few blocks and small ones, and with this a tenth longer: its
-  threads share one arena.
+  With several arenas a training step still clears pages (a tenth slower);
+  decoding takes few blocks and small ones, and threads that share an arena wait
+  for each other (a fifth slower).
   """
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
   if mallopt is not None:
     trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # malloc.h
-    mallopt(arena_max, 1)
+    if one_arena:
+      mallopt(arena_max, 1)
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 64 * 2**20)

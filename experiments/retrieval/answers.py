@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from moe_lab.config.schema import ModelConfig
 from moe_lab.data.loader import open_data
 from moe_lab.data.retrieval import PAIRS, PLACES
 from moe_lab.nn.transformer import Transformer, head
@@ -14,7 +15,20 @@ from moe_lab.train.load import LoadedModel
 END = 3 * PAIRS  # tokens at a held-out row's end that hold all questions and answers: a mark, a key and its value each
 
 
-def answered(loaded: LoadedModel, cache_dir: Path, length: int, rows: int, interpolation: float, split: str) -> dict:
+WAYS = ("as trained", "interpolated", "sharpened")  # in which a model reads rows longer than it was trained on
+
+
+def longer(model: ModelConfig, way: str, trained_length: int, length: int) -> ModelConfig:
+  """Returns the model's shapes for rows of `length` tokens, read in one of WAYS."""
+  changes = {
+    "as trained": {},
+    "interpolated": {"position_interpolation": length / trained_length},
+    "sharpened": {"sharpen_from": trained_length},
+  }
+  return dataclasses.replace(model, **changes[way])
+
+
+def answered(loaded: LoadedModel, cache_dir: Path, length: int, rows: int, way: str, split: str) -> dict:
   """Returns the share of right answers by kind of question; a passkey is right if all its digits are.
 
   Each token of an answer is the most likely one after the right ones before it, which for a whole right answer is the
@@ -25,13 +39,13 @@ def answered(loaded: LoadedModel, cache_dir: Path, length: int, rows: int, inter
     cache_dir: for `open_data`.
     length: tokens of a row.
     rows: how many of the split.
-    interpolation: how many times shorter distances count (`model.position_interpolation`).
+    way: one of WAYS.
     split: "validation" or "test".
 
   Returns:
     "passkey" and "multikey": {"right", "asked"}.
   """
-  shapes = dataclasses.replace(loaded.config.model, position_interpolation=interpolation)
+  shapes = longer(loaded.config.model, way, loaded.config.data.seq_len, length)
   model = Transformer(dataclasses.replace(loaded.config, model=shapes))
   data = open_data(dataclasses.replace(loaded.config.data, seq_len=length), cache_dir)
 

@@ -4,38 +4,42 @@ from moe_lab.report.charts import Series, line_chart
 from moe_lab.report.page import escape, figure, page
 
 KINDS = ("passkey", "multikey")
-WAYS = {False: "positions as trained", True: "interpolated to the trained length"}
+WAYS = {
+  "as trained": "as trained",
+  "interpolated": "positions interpolated to the trained length",
+  "sharpened": "global groups' logits sharpened",
+}
 
 
 def page_of(summary: list[dict], command: str) -> str:
   """Returns the study's page.
 
   Args:
-    summary: entries of "arm", "interpolated", "length", "by_seed" and, by kind of question, the share of right answers.
+    summary: entries of "arm", "way", "length", "by_seed" and, by kind of question, the share of right answers.
     command: that made it.
   """
   drawings = "".join(
-    figure(_curve(summary, kind, interpolated), f"{kind}, {way}: mean over seeds.")
+    figure(_curve(summary, kind, way), f"{kind}, {words}: mean over seeds.")
     for kind in KINDS
-    for interpolated, way in WAYS.items()
+    for way, words in WAYS.items()
   )
   body = f'<div class="pair">{drawings}</div><pre>{escape(table(summary))}</pre>'
   return page("Retrieval against length", f"<p><code>{escape(command)}</code></p>", [("Right answers", body)])
 
 
-def _curve(summary: list[dict], kind: str, interpolated: bool) -> str:
+def _curve(summary: list[dict], kind: str, way: str) -> str:
   arms = list(dict.fromkeys(entry["arm"] for entry in summary))
   series = [
     Series(
       arm,
-      sorted((e["length"], e[kind]) for e in summary if e["arm"] == arm and e["interpolated"] == interpolated),
+      sorted((e["length"], e[kind]) for e in summary if e["arm"] == arm and e["way"] == way),
       index,
       "dots",
     )
     for index, arm in enumerate(arms, 1)
   ]
   return line_chart(
-    series, title=f"{kind}, {WAYS[interpolated]}", x_label="tokens", y_label="right answers, share", include_zero=True
+    series, title=f"{kind}, {WAYS[way]}", x_label="tokens", y_label="right answers, share", include_zero=True
   )
 
 
@@ -44,13 +48,13 @@ def table(summary: list[dict]) -> str:
   lengths = sorted({entry["length"] for entry in summary})
   lines = []
   for arm in dict.fromkeys(entry["arm"] for entry in summary):
-    for interpolated, way in WAYS.items():
+    for way, words in WAYS.items():
       for kind in KINDS:
         cells = {
           e["length"]: f"{e[kind]:.0%} (" + " ".join(f"{s[kind]:.0%}" for s in e["by_seed"].values()) + ")"
           for e in summary
-          if e["arm"] == arm and e["interpolated"] == interpolated
+          if e["arm"] == arm and e["way"] == way
         }
         shares = "  ".join(f"{cells.get(length, '-'):>22}" for length in lengths)
-        lines.append(f"{arm:10} {kind:9} {way:36}{shares}")
-  return "\n".join([f"{'':57}" + "  ".join(f"{length:>22,}" for length in lengths), *lines])
+        lines.append(f"{arm:10} {kind:9} {words:46}{shares}")
+  return "\n".join([f"{'':67}" + "  ".join(f"{length:>22,}" for length in lengths), *lines])

@@ -3,10 +3,11 @@
     python -m experiments.retrieval.study --workdir=runs/retrieval
 
 Trains the arms of configs/retrieval.py for each seed (what is trained already
-is taken as it is) and asks each at rows of 1K to 16K tokens, with positions as
-trained and interpolated back to the trained length. What was measured already is
-kept in the run's folder. Table and curves go to WORKDIR/study.html and study.json;
-the last line on stdout is the JSON result.
+is taken as it is) and asks each at rows of 1K to 16K tokens: as trained, with
+positions interpolated back to the trained length, and with the logits of groups
+without a slope sharpened. What was measured already is kept in the run's folder.
+Table and curves go to WORKDIR/study.html and study.json; the last line on stdout
+is the JSON result.
 """
 
 import json
@@ -20,7 +21,7 @@ from moe_lab.errors import UserError, did_you_mean
 
 CONFIG = Path(__file__).parents[2] / "configs/retrieval.py"
 ARMS = ("modified", "plain", "rotary")
-LENGTHS = {1024: 64, 2048: 64, 4096: 64, 8192: 32, 16_384: 16}  # tokens of a row, and how many rows
+LENGTHS = {1024: 64, 2048: 64, 4096: 64, 8192: 24, 16_384: 12}  # tokens of a row, and how many rows
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds to train.", flag_values=FLAGS)
@@ -52,9 +53,7 @@ def main(workdir: Path) -> dict:
       folder = workdir / f"{arm}-{seed}"
       seeded = config.with_seed(seed)
       trained = train(seeded, folder, program.cache_dir(), sys.argv)
-      runs.append(
-        {"arm": arm, "seed": seed, "val_loss": trained["val_loss"], "asked": _asked(folder, seeded.data.seq_len)}
-      )
+      runs.append({"arm": arm, "seed": seed, "val_loss": trained["val_loss"], "asked": _asked(folder)})
       for one in runs[-1]["asked"]:
         print(f"{arm} {seed}: {_in_words(one)}", file=sys.stderr, flush=True)
   study = {"split": FLAGS.split, "runs": runs, "summary": _summary(runs)}
@@ -67,42 +66,43 @@ def main(workdir: Path) -> dict:
   return {"split": FLAGS.split, "summary": study["summary"], "workdir": workdir}
 
 
-def _asked(folder: Path, trained_length: int) -> list[dict]:
-  """Returns the answers of one run by length and interpolation; what is kept in the folder is not asked again."""
-  from experiments.retrieval.answers import answered
+def _asked(folder: Path) -> list[dict]:
+  """Returns the answers of one run by length and way; what is kept in the folder is not asked again."""
+  from experiments.retrieval.answers import WAYS, answered
   from moe_lab.io.files import dump_json, write_text
   from moe_lab.train.load import load_model
 
   loaded = load_model(folder)
   kept = folder / f"answers-{FLAGS.split}.json"
   found = json.loads(kept.read_text()) if kept.is_file() else []
-  done = {(one["step"], one["length"], one["rows"], one["interpolation"]) for one in found}
+  done = {(one["step"], one["length"], one["rows"], one["way"]) for one in found}
   for length, rows in LENGTHS.items():
-    for interpolation in sorted({1.0, length / trained_length}):
-      key = (loaded.step, length, rows, interpolation)
-      if length > FLAGS.longest or key in done:
+    if length > FLAGS.longest:
+      continue
+    for way in WAYS[:1] if length == loaded.config.data.seq_len else WAYS:  # there all are the same
+      if (key := (loaded.step, length, rows, way)) in done:
         continue
-      right = answered(loaded, program.cache_dir(), length, rows, interpolation, FLAGS.split)
-      found.append(dict(zip(("step", "length", "rows", "interpolation"), key, strict=True)) | right)
+      right = answered(loaded, program.cache_dir(), length, rows, way, FLAGS.split)
+      found.append(dict(zip(("step", "length", "rows", "way"), key, strict=True)) | right)
       write_text(kept, dump_json(found, indent=1) + "\n")
   return [one for one in found if one["step"] == loaded.step and one["length"] <= FLAGS.longest]
 
 
 def _in_words(one: dict) -> str:
   shares = ", ".join(f"{kind} {one[kind]['right']}/{one[kind]['asked']}" for kind in ("passkey", "multikey"))
-  return f"{one['length']:,} tokens, interpolated {one['interpolation']:g} times: {shares}"
+  return f"{one['length']:,} tokens, {one['way']}: {shares}"
 
 
 def _summary(runs: list[dict]) -> list[dict]:
-  """Returns accuracy by arm, interpolation or not, and length: of each seed, and their mean."""
+  """Returns accuracy by arm, way and length: of each seed, and their mean. At the trained length all ways are one."""
+  from experiments.retrieval.answers import WAYS
+
   found: dict[tuple, dict] = {}
   for run in runs:
     for one in run["asked"]:
-      # At the trained length both are the same.
-      ways = (False, True) if one["length"] == min(LENGTHS) else (one["interpolation"] != 1,)
-      for interpolated in ways:
-        key = (run["arm"], interpolated, one["length"])
-        entry = found.setdefault(key, dict(zip(("arm", "interpolated", "length"), key, strict=True)) | {"by_seed": {}})
+      for way in WAYS if one["length"] == min(LENGTHS) else (one["way"],):
+        key = (run["arm"], way, one["length"])
+        entry = found.setdefault(key, dict(zip(("arm", "way", "length"), key, strict=True)) | {"by_seed": {}})
         entry["by_seed"][str(run["seed"])] = {
           kind: one[kind]["right"] / one[kind]["asked"] for kind in ("passkey", "multikey")
         }

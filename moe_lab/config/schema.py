@@ -54,6 +54,9 @@ class ModelConfig:
   # Distances count as so many times shorter, so that a longer context looks as long as the trained one did: slopes and
   # rotary positions are divided by it, and windows grow with it (position interpolation, arXiv 2306.15595).
   position_interpolation: float = 1.0
+  # From so many tokens on, the trained length, logits of groups without a slope grow by the logarithm of the position,
+  # or their softmax thins out over ever more keys (scalable softmax, arXiv 2501.19399, only beyond training). 0: never.
+  sharpen_from: int = 0
   qk_norm: bool = True  # RMS-normalise queries and keys per head
   qk_bound: float = 8.0  # S: with qk_norm, |q.k| / sqrt(H) never exceeds this
   tie_embeddings: bool = False
@@ -94,6 +97,8 @@ class ModelConfig:
     check_range("model.num_global_groups", self.num_global_groups, 0, self.num_kv_heads)
     check_range("model.rotary_base", self.rotary_base, 1, open_low=True)
     check_range("model.position_interpolation", self.position_interpolation, 0, open_low=True)
+    if self.sharpen_from:
+      check_range("model.sharpen_from", self.sharpen_from, 2)
     check_range("model.qk_bound", self.qk_bound, 0, open_low=True)
     check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
     backends = ("auto", "reference", "blocked", "native", "tpu", "flash")

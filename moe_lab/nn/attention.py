@@ -1,5 +1,7 @@
 """The attention layer: projections, QK-norm, positions, and the cache of decoding."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,17 @@ def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
   Derived from the slopes and the bound of QK-norm, not tuned; they stretch as slopes are interpolated.
   """
   return windows(layer_slopes(config), config.qk_bound if config.qk_norm else None)
+
+
+def sharpened(q_BLNH: jax.Array, position: jax.Array, slope_M: jax.Array, start: int) -> jax.Array:
+  """Returns queries whose logits, in groups without a slope, are log(position + 1) / log(start) times as large.
+
+  Positions ([L] or [B, L]) before `start` stay as they are. Groups without a slope have no window, so that larger
+  logits cut nothing off.
+  """
+  growth = jnp.maximum(jnp.log(position + 1.0) / math.log(start), 1.0)[..., None, None]
+  global_N = jnp.repeat(slope_M == 0, q_BLNH.shape[2] // len(slope_M))[:, None]
+  return (q_BLNH * jnp.where(global_N, growth, 1.0)).astype(q_BLNH.dtype)
 
 
 class QKNorm(nn.Module):
@@ -73,10 +86,13 @@ class Attention(nn.Module):
     if config.qk_norm:
       q_BLNH = QKNorm(config.qk_bound, name="query_norm")(q_BLNH)
       k_BLMH = QKNorm(config.qk_bound, name="key_norm")(k_BLMH)
+    position = jnp.asarray(offset)[..., None] + jnp.arange(x_BLD.shape[1])
     if config.position == "rotary":
-      position = (jnp.asarray(offset)[..., None] + jnp.arange(x_BLD.shape[1])) / config.position_interpolation
-      q_BLNH, k_BLMH = (rotate(heads, position, config.rotary_base) for heads in (q_BLNH, k_BLMH))
+      interpolated = position / config.position_interpolation
+      q_BLNH, k_BLMH = (rotate(heads, interpolated, config.rotary_base) for heads in (q_BLNH, k_BLMH))
     slope_M = jnp.asarray(layer_slopes(config))
+    if config.sharpen_from:
+      q_BLNH = sharpened(q_BLNH, position, slope_M, config.sharpen_from)
 
     if cache is None:
       out_BLNH = spread_attention(

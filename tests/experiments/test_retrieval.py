@@ -13,6 +13,7 @@ from moe_lab.data import retrieval
 from moe_lab.data.loader import open_data
 from moe_lab.nn.attention import layer_windows
 
+TRAINED, INTERPOLATED, SHARP = answers.WAYS
 CONFIG = resolve(load(f"{study.CONFIG}:modified"))
 
 
@@ -33,7 +34,7 @@ class Copies:
 def test_right_answers_are_counted(monkeypatch, tmp_path):
   monkeypatch.setattr(answers, "Transformer", Copies)
   loaded = SimpleNamespace(config=CONFIG, params={}, router_state=None, budget=2.0)
-  found = answers.answered(loaded, tmp_path, 256, 12, 1.0, "validation")
+  found = answers.answered(loaded, tmp_path, 256, 12, "as trained", "validation")
   assert found["multikey"]["right"] == found["multikey"]["asked"] > 0
   # The same rule says a passkey only where no digit stands in it twice.
   sure = 0
@@ -46,19 +47,38 @@ def test_right_answers_are_counted(monkeypatch, tmp_path):
 
 
 def test_the_summary_by_hand():
-  def asked(length, interpolation, passkeys, pairs):
+  def asked(length, way, passkeys, pairs):
     kinds = {"passkey": {"right": passkeys, "asked": 4}, "multikey": {"right": pairs, "asked": 8}}
-    return {"length": length, "interpolation": interpolation} | kinds
+    return {"length": length, "way": way} | kinds
 
   runs = [
-    {"arm": "modified", "seed": 0, "asked": [asked(1024, 1.0, 4, 8), asked(2048, 1.0, 2, 8), asked(2048, 2.0, 1, 4)]},
-    {"arm": "modified", "seed": 1, "asked": [asked(1024, 1.0, 2, 8), asked(2048, 1.0, 0, 4), asked(2048, 2.0, 1, 0)]},
+    {
+      "arm": "modified",
+      "seed": 0,
+      "asked": [
+        asked(1024, TRAINED, 4, 8),
+        asked(2048, TRAINED, 2, 8),
+        asked(2048, INTERPOLATED, 0, 4),
+        asked(2048, SHARP, 1, 4),
+      ],
+    },
+    {
+      "arm": "modified",
+      "seed": 1,
+      "asked": [
+        asked(1024, TRAINED, 2, 8),
+        asked(2048, TRAINED, 0, 4),
+        asked(2048, INTERPOLATED, 0, 4),
+        asked(2048, SHARP, 1, 0),
+      ],
+    },
   ]
-  found = {(e["interpolated"], e["length"]): (e["passkey"], e["multikey"]) for e in study._summary(runs)}
+  found = {(e["way"], e["length"]): (e["passkey"], e["multikey"]) for e in study._summary(runs)}
   assert found == {
-    (False, 1024): (0.75, 1.0), (True, 1024): (0.75, 1.0), (False, 2048): (0.25, 0.75), (True, 2048): (0.25, 0.25),
+    **{(way, 1024): (0.75, 1.0) for way in answers.WAYS},
+    (TRAINED, 2048): (0.25, 0.75), (INTERPOLATED, 2048): (0.0, 0.5), (SHARP, 2048): (0.25, 0.25),
   }  # fmt: skip
-  assert page.page_of(study._summary(runs), "a command").count("<figure") == 4
+  assert page.page_of(study._summary(runs), "a command").count("<figure") == 6
   assert "75% (100% 50%)" in page.table(study._summary(runs))
 
 
@@ -67,3 +87,10 @@ def test_the_arms(arm, windowed):
   model = resolve(load(f"{study.CONFIG}:{arm}")).model
   assert sum(window is not None for window in layer_windows(model)) == windowed
   assert (model.head_dim, model.num_kv_heads, model.qk_bound) == (128, 8, 8.0)
+
+
+def test_longer_rows_are_read_in_three_ways():
+  trained, interpolated, sharpened = (answers.longer(CONFIG.model, way, 1024, 4096) for way in answers.WAYS)
+  assert trained == CONFIG.model
+  assert (interpolated.position_interpolation, interpolated.sharpen_from) == (4.0, 0)
+  assert (sharpened.position_interpolation, sharpened.sharpen_from) == (1.0, 1024)

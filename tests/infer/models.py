@@ -17,7 +17,7 @@ CONFIGS = {
   "windowed": (dict(num_kv_heads=4, num_heads=8, qk_bound=0.5), RoutingConfig(k_max=4, learner="value")),
   # Windows of 120, 833, 5755 and all.
   "windowed_interpolated": (
-    dict(num_kv_heads=4, num_heads=8, qk_bound=0.5, position_interpolation=2.5),
+    dict(num_kv_heads=4, num_heads=8, qk_bound=0.5, position_interpolation=2.5, sharpen_from=20),
     RoutingConfig(method="topk"),
   ),
   "topk_rotary_dense": (

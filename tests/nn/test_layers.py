@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_lab.config.schema import ModelConfig, RoutingConfig
-from moe_lab.nn.attention import Attention, layer_slopes, layer_windows
+from moe_lab.nn.attention import Attention, layer_slopes, layer_windows, sharpened
 from moe_lab.nn.moe import MoE
 from moe_lab.ops.grouped_mlp import swiglu
 from moe_lab.routing.base import Decisions, RouterContext, RouterState
@@ -74,6 +74,25 @@ def test_interpolated_rotary_tokens_stand_closer():
   x = x_BLD.at[:, 4].set(x_BLD[:, 2])
   np.testing.assert_allclose(last(stretched, [0, 4]), last(base, [0, 2]), atol=1e-5)
   assert np.abs(last(base, [0, 4]) - last(base, [0, 2])).max() > 1e-3
+
+
+def test_groups_without_a_slope_are_sharpened_beyond_the_trained_length():
+  q_BLNH = jax.random.normal(jax.random.key(0), (2, 5, 4, 3))
+  position_BL = jnp.asarray([[0, 3, 7, 8, 63], [1, 2, 4, 6, 511]])
+  times_BL = np.asarray([[1, 1, 1, math.log(9) / math.log(8), 2], [1, 1, 1, 1, 3]])
+  want = np.asarray(q_BLNH).copy()
+  want[:, :, 2:] *= times_BL[:, :, None, None]  # the second group's two heads
+  np.testing.assert_allclose(sharpened(q_BLNH, position_BL, jnp.asarray([0.5, 0.0]), 8), want, rtol=1e-6)
+  config = ModelConfig(dim=8, num_heads=2, num_kv_heads=1, head_dim=4)
+  x_BLD, segment_BL = jax.random.normal(jax.random.key(0), (1, 12, 8)), jnp.ones((1, 12), jnp.int32)
+  layer = Attention(config, 1.0)
+  params = random_like(jax.eval_shape(layer.init, jax.random.key(0), x_BLD, segment_BL, 0, None))
+  plain, sharp = (
+    Attention(dataclasses.replace(config, sharpen_from=start), 1.0).apply(params, x_BLD, segment_BL, 0, None)[0][0]
+    for start in (0, 8)
+  )
+  np.testing.assert_array_equal(plain[:8], sharp[:8])
+  assert (np.abs(plain - sharp)[8:].max(1) > 1e-4).all()
 
 
 @pytest.mark.parametrize("position", ["alibi", "rotary"])

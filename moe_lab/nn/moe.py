@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from moe_lab.config.schema import ModelConfig, RoutingConfig
 from moe_lab.nn.layers import scaled_normal
 from moe_lab.nn.mlp import MLP
+from moe_lab.nn.weights import weight
 from moe_lab.ops.grouped_mlp import ExpertWeights
 from moe_lab.routing.base import RouterContext, RouterStats
 from moe_lab.routing.cap import capped
@@ -48,13 +49,13 @@ class MoE(nn.Module):
       # Of the statistics only the counts are what was spent: the others say what the router wanted, and train nobody.
       stats = stats._replace(count_T=assignment.valid_TK.sum(-1))
 
-    weights = ExpertWeights(
-      gate_EDF=self.param("gate_EDF", scaled_normal(dim**-0.5), (num_experts, dim, hidden), jnp.float32),
-      up_EDF=self.param("up_EDF", scaled_normal(dim**-0.5), (num_experts, dim, hidden), jnp.float32),
-      down_EFD=self.param(
-        "down_EFD", scaled_normal(self.out_scale * hidden**-0.5), (num_experts, hidden, dim), jnp.float32
-      ),
-    )
+    inward, outward = (num_experts, dim, hidden), (num_experts, hidden, dim)
+    declared = [
+      weight(self, "gate_EDF", dim**-0.5, inward),
+      weight(self, "up_EDF", dim**-0.5, inward),
+      weight(self, "down_EFD", self.out_scale * hidden**-0.5, outward),
+    ]
+    weights = ExpertWeights(*(w.dense() for w in declared))
     # Capacity drops tokens by their neighbours; at inference (no key) nothing may depend on them.
     backend = "ragged" if model.dispatch == "capacity" and context.key is None else model.dispatch
     batch = context.num_sequences

@@ -29,9 +29,11 @@ class ExpertWeights(NamedTuple):
   down_EFD: jax.Array
 
 
-def swiglu(x, gate, up, down):
-  """One expert, [..., D] -> [..., D]; the hidden product is taken in float32."""
-  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def swiglu(x, gate, up, down, dot=_dot):
+  """One expert, [..., D] -> [..., D]; the hidden product is taken in float32: `dot` of an equation, x and a weight."""
   hidden = jax.nn.silu(dot("...D,DF->...F", x, gate)) * dot("...D,DF->...F", x, up)
   return dot("...F,FD->...D", hidden.astype(x.dtype), down).astype(x.dtype)
 

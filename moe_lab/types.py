@@ -13,6 +13,7 @@ einsum (`"TD,DF->TF"`) and in a docstring.
   R  routed rows                  Z  layers
   U  null experts                 J  budgets of a table (`routing/budget_table.py`)
   P  sequences rolled out twice   A  counts a policy chooses from: k_max - k_min + 1
+  I  inner width of an adapter: its rank
 """
 
 from typing import NamedTuple

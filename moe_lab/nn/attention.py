@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_lab.config.schema import ModelConfig
 from moe_lab.nn.layers import rms_normalise
-from moe_lab.nn.weights import weight
+from moe_lab.nn.weights import Weight
 from moe_lab.ops.alibi import alibi_slopes, windows
 from moe_lab.ops.ring import Ring
 from moe_lab.ops.rotary import rotate
@@ -78,7 +78,7 @@ class Attention(nn.Module):
     config, dim = self.config, x_BLD.shape[-1]
 
     def project(name, heads):
-      return weight(self, name, dim**-0.5, (dim, heads, config.head_dim)).project("BLD,DNH->BLNH", x_BLD)
+      return Weight(self, name, dim**-0.5, (dim, heads, config.head_dim)).project("BLD,DNH->BLNH", x_BLD)
 
     q_BLNH = project("query_DNH", config.num_heads)
     k_BLMH = project("key_DMH", config.num_kv_heads)
@@ -123,5 +123,5 @@ class Attention(nn.Module):
         block=config.attention_block,
       )
     std = self.out_scale * (config.num_heads * config.head_dim) ** -0.5
-    out = weight(self, "out_NHD", std, (config.num_heads, config.head_dim, dim))
+    out = Weight(self, "out_NHD", std, (config.num_heads, config.head_dim, dim))
     return out.project("BLNH,NHD->BLD", out_BLNH), cache

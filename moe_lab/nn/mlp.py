@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moe_lab.nn.weights import weight
+from moe_lab.nn.weights import Weight
 from moe_lab.ops.grouped_mlp import swiglu
 
 
@@ -21,7 +21,7 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x):
     dim = x.shape[-1]
-    gate = weight(self, "gate_DF", dim**-0.5, (dim, self.hidden))
-    up = weight(self, "up_DF", dim**-0.5, (dim, self.hidden))
-    down = weight(self, "down_FD", self.out_scale * self.hidden**-0.5, (self.hidden, dim))
+    gate = Weight(self, "gate_DF", dim**-0.5, (dim, self.hidden))
+    up = Weight(self, "up_DF", dim**-0.5, (dim, self.hidden))
+    down = Weight(self, "down_FD", self.out_scale * self.hidden**-0.5, (self.hidden, dim))
     return swiglu(x, gate, up, down, dot=lambda equation, x, w: w.project(equation, x, jnp.float32))

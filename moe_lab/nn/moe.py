@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from moe_lab.config.schema import ModelConfig, RoutingConfig
 from moe_lab.nn.layers import scaled_normal
 from moe_lab.nn.mlp import MLP
-from moe_lab.nn.weights import weight
+from moe_lab.nn.weights import Weight, watch_experts
 from moe_lab.ops.grouped_mlp import ExpertWeights
 from moe_lab.routing.base import RouterContext, RouterStats
 from moe_lab.routing.cap import capped
@@ -51,11 +51,12 @@ class MoE(nn.Module):
 
     inward, outward = (num_experts, dim, hidden), (num_experts, hidden, dim)
     declared = [
-      weight(self, "gate_EDF", dim**-0.5, inward),
-      weight(self, "up_EDF", dim**-0.5, inward),
-      weight(self, "down_EFD", self.out_scale * hidden**-0.5, outward),
+      Weight(self, "gate_EDF", dim**-0.5, inward),
+      Weight(self, "up_EDF", dim**-0.5, inward),
+      Weight(self, "down_EFD", self.out_scale * hidden**-0.5, outward),
     ]
-    weights = ExpertWeights(*(w.dense() for w in declared))
+    weights = ExpertWeights(*(w.stored() for w in declared))
+    watch_experts(self, x_TD, assignment, weights)
     # Capacity drops tokens by their neighbours; at inference (no key) nothing may depend on them.
     backend = "ragged" if model.dispatch == "capacity" and context.key is None else model.dispatch
     batch = context.num_sequences

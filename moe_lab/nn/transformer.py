@@ -10,6 +10,7 @@ from moe_lab.config.schema import Config
 from moe_lab.nn.attention import LayerCache
 from moe_lab.nn.block import Block, LayerInputs, SharedInputs
 from moe_lab.nn.layers import RMSNorm, scaled_normal
+from moe_lab.nn.weights import WATCHED
 from moe_lab.routing.base import Caps, Decisions, RouterState, RouterStats
 from moe_lab.sharding.rules import spread
 
@@ -125,7 +126,11 @@ class Transformer(nn.Module):
   def _scanned(self, block, name: str, num_layers: int, is_moe: bool, x_BLD, inputs: LayerInputs, shared: SharedInputs):
     """Runs layers whose parameters are stacked, [Z, ...]; so are what they are given and what they return."""
     layers = nn.scan(
-      block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=num_layers
+      block,
+      variable_axes={"params": 0, WATCHED: 0},
+      split_rngs={"params": True},
+      in_axes=(0, nn.broadcast),
+      length=num_layers,
     )
     return layers(self.config.model, self.config.routing, is_moe, self.mesh, name=name)(x_BLD, inputs, shared)
 

@@ -288,8 +288,9 @@ class DataConfig:
 
   A source is `stdlib` (the Python standard library's source and docs),
   `package:NAME` (the text files of an installed package), `text:PATH`,
-  `jsonl:PATH` (a "text" field a line), `array_record:PATH`, or
-  `synthetic:TASK`. PATH is a file, a folder or a glob. Synthetic tasks do not
+  `jsonl:PATH` (a "text" field a line), `chat:PATH` (JSON lines of "messages",
+  of which only the answers count), `array_record:PATH`, or `synthetic:TASK`.
+  PATH is a file, a folder or a glob. Synthetic tasks do not
   mix with text.
   """
 
@@ -305,7 +306,7 @@ class DataConfig:
   def __post_init__(self):
     if not self.sources:
       raise ConfigError("data.sources", self.sources, "at least one source")
-    kinds = ("stdlib", "package", "text", "jsonl", "array_record", "synthetic")
+    kinds = ("stdlib", "package", "text", "jsonl", "chat", "array_record", "synthetic")
     for source in self.sources:
       kind, _, path = source.partition(":")
       check_choice("data.sources", kind, kinds)

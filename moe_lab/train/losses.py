@@ -26,7 +26,7 @@ def num_twins(config: Config, batch_size: int) -> int:
 
 def with_twins(batch: Batch, twins: int) -> Batch:
   """Appends second copies of the first `twins` sequences; they differ by their sampled counts alone."""
-  return Batch(*(jnp.concatenate([rows, rows[:twins]]) for rows in batch))
+  return jax.tree.map(lambda rows: jnp.concatenate([rows, rows[:twins]]), batch)
 
 
 class Inputs(NamedTuple):
@@ -51,7 +51,7 @@ def inputs_of(batch: Batch, key: jax.Array, config: Config) -> Inputs:
     token_BL=batch.tokens[:, :-1],
     target_BL=batch.tokens[:, 1:],
     segment_BL=segment_BL,
-    weight_BL=((segment_BL == batch.segments[:, 1:]) & (segment_BL != 0)).astype(jnp.float32),
+    weight_BL=batch.targets_BL.astype(jnp.float32),
     budget_B=jnp.concatenate([budget_B, budget_B[:twins]]),
     # The learner "greedy" has a second rollout by the rule of inference.
     greedy_B=jnp.arange(rows + twins) >= rows if twins and config.routing.learner == "greedy" else None,

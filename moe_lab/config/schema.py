@@ -6,6 +6,7 @@ classes, already checked. Field comments are the reference for users.
 
 import dataclasses
 
+from moe_lab.config.adapt import AdaptConfig
 from moe_lab.config.checks import check_choice, check_range
 from moe_lab.config.mesh import MeshConfig
 from moe_lab.errors import ConfigError
@@ -381,6 +382,7 @@ class Config:
   data: DataConfig = DataConfig()
   train: TrainConfig = TrainConfig()
   mesh: MeshConfig = MeshConfig()
+  adapt: AdaptConfig = AdaptConfig()
 
   def with_seed(self, seed: int) -> "Config":
     """Returns the same run with another seed: of parameters and draws, and of the data's order."""
@@ -410,6 +412,9 @@ class Config:
       if self.routing.expert_dropout > 0:
         # Dropped experts could leave a token's groups with too few.
         raise ConfigError("routing.expert_dropout", self.routing.expert_dropout, "0 with routing.expert_groups")
+    if self.routing.freezes_model and self.adapt != AdaptConfig():
+      # After its warm-up that learner trains nothing but its own heads.
+      raise ConfigError("routing.learner", self.routing.learner, "another learner, where a trained model is adapted")
     if self.routing.freezes_model and self.train.accumulate > 1:
       raise ConfigError("train.accumulate", self.train.accumulate, "1, since routing.learner is ppo")
     if self.routing.two_rollouts:

@@ -50,11 +50,13 @@ class Transformer(nn.Module):
     mesh: of the devices that share the tokens and the parameters (`sharding/rules.py`); None: one device.
     unrolled: every layer has parameters of its own (`unstack_layers`), and is compiled by itself. A scan copies each
       layer's weights out of the stack, which hardly counts in training and is most of the time of decoding.
+    traced: the statistics have each token's choice of experts.
   """
 
   config: Config
   mesh: jax.sharding.Mesh | None = None
   unrolled: bool = False
+  traced: bool = False
 
   @nn.compact
   def __call__(
@@ -132,7 +134,9 @@ class Transformer(nn.Module):
       in_axes=(0, nn.broadcast),
       length=num_layers,
     )
-    return layers(self.config.model, self.config.routing, is_moe, self.mesh, name=name)(x_BLD, inputs, shared)
+    return layers(self.config.model, self.config.routing, is_moe, self.mesh, self.traced, name=name)(
+      x_BLD, inputs, shared
+    )
 
   def _unrolled(
     self, block, name: str, num_layers: int, is_moe: bool, x_BLD, inputs: LayerInputs, shared: SharedInputs
@@ -140,7 +144,7 @@ class Transformer(nn.Module):
     """As `_scanned`, one by one, with parameters NAME_0, NAME_1, ...; only the cache is not stacked."""
     caches, inputs, outputs = inputs.cache or [None] * num_layers, inputs._replace(cache=None), []
     for z, cache in enumerate(caches):
-      layer = block(self.config.model, self.config.routing, is_moe, self.mesh, name=f"{name}_{z}")
+      layer = block(self.config.model, self.config.routing, is_moe, self.mesh, self.traced, name=f"{name}_{z}")
       layer_inputs = jax.tree.map(lambda leaf, z=z: leaf[z], inputs)._replace(cache=cache)
       x_BLD, output = layer(x_BLD, layer_inputs, shared)
       outputs.append(output)

@@ -46,6 +46,20 @@ class PolicyTerms(NamedTuple):
   value_T: jax.Array | None
 
 
+class Choice(NamedTuple):
+  """What a layer's router made of each token, to compare two models' routing by; nothing is summed.
+
+  Attributes:
+    logits_TE: float32.
+    expert_TK: int32.
+    valid_TK: bool, slots in use.
+  """
+
+  logits_TE: jax.Array
+  expert_TK: jax.Array
+  valid_TK: jax.Array
+
+
 class RouterStats(NamedTuple):
   """Sums over the real (unpadded) tokens of one layer, float32; scan stacks them to [Z, ...].
 
@@ -61,6 +75,7 @@ class RouterStats(NamedTuple):
     policy: terms of a learned count policy; None for a router without one.
     sums: the method's own sums over tokens by name, for its losses and its state.
     sequences: the balance loss's sums for each sequence; None where it does not go by sequence.
+    choice: of each token; None where it is not asked for.
   """
 
   token_count: jax.Array
@@ -74,6 +89,7 @@ class RouterStats(NamedTuple):
   policy: PolicyTerms | None
   sums: dict[str, jax.Array]
   sequences: "SequenceSums | None"
+  choice: Choice | None = None
 
 
 class SequenceSums(NamedTuple):
@@ -153,6 +169,7 @@ class RouterContext(NamedTuple):
     budget_B: float32, the same for each row of the batch; tokens are B equal rows, one after the other. None: one row.
     greedy_T: bool, tokens that take the inference rule's count although there is a key; None: no such.
     caps: bounds on the counts, which the layer holds the router's choice to; None: none.
+    traced: whether the statistics are to have each token's `Choice`.
   """
 
   mask_T: jax.Array
@@ -164,6 +181,7 @@ class RouterContext(NamedTuple):
   budget_B: jax.Array | None = None
   greedy_T: jax.Array | None = None
   caps: Caps | None = None
+  traced: bool = False
 
   @property
   def num_sequences(self) -> int:

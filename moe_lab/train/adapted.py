@@ -1,0 +1,73 @@
+"""Training an adapted model, and what its routing has become beside the base's."""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moe_lab.adapt.lora import adapter_coverage
+from moe_lab.config.schema import Config
+from moe_lab.data.loader import Data, open_data
+from moe_lab.errors import UserError
+from moe_lab.evaluate.drift import Routed, routing_drift
+from moe_lab.io.files import dump_json, write_text
+from moe_lab.routing.base import RouterState
+from moe_lab.train.adapter import write_adapter
+from moe_lab.train.base import Base, load_base, start_from
+from moe_lab.train.loop import train
+from moe_lab.train.state import abstract_plain_params
+from moe_lab.types import Batch
+
+CALIBRATION_BATCHES = 8
+
+log = logging.getLogger(__name__)
+
+
+def calibration_batches(data: Data, config: Config) -> Iterator[Batch]:
+  """Returns the first batches of training."""
+  return itertools.islice(data.train_loader(config.train.batch_size), CALIBRATION_BATCHES)
+
+
+def drift(base: Base, config: Config, params: Any, router_state: RouterState, data: Data) -> dict:
+  """Returns `routing_drift` from the base on the validation documents of some data."""
+  before, after = Routed(base.state.params, base.state.router_state), Routed(params, router_state)
+  return routing_drift(config, before, after, data.eval_batches("validation", config.train.batch_size))
+
+
+def train_adapted(base: Base, config: Config, workdir: Path, cache_dir: Path, argv: list[str]) -> dict:
+  """Trains adapters, or all weights, from a base on, or continues that run; compares its routing with the base's.
+
+  Args:
+    base: the trained run.
+    config: of the new run (`config/modes.py`).
+    workdir: of the new run.
+    cache_dir: for tokenizers.
+    argv: the command, for the record.
+
+  Returns:
+    What adaptation.json holds: with adapters their `adapter_coverage` and file; drift_target, on the new run's text,
+    and drift_source, on the base's where that is other text and is still there; and of training steps, val_loss,
+    test_loss, eval_mean_experts.
+
+  Raises:
+    UserError, RunError, SystemExit: as `loop.train`.
+  """
+  target, source = open_data(config.data, cache_dir), None
+  if base.config.data.sources != config.data.sources:
+    try:
+      source = open_data(base.config.data, cache_dir)
+    except UserError as error:
+      log.warning("the drift on the base's own text is left out: %s", error)
+  start = start_from(base, config, target.fingerprint, calibration_batches(target, config))
+  result = train(config, workdir, cache_dir, argv, start=start)
+  state, report = load_base(workdir).state, {}
+  if config.adapt.lora_rank:
+    report |= adapter_coverage(abstract_plain_params(config), state.params, config)
+    report["adapter"] = write_adapter(workdir / "adapter.npz", state.params, config)
+  report["drift_target"] = drift(base, config, state.params, state.router_state, target)
+  if source is not None:
+    report["drift_source"] = drift(base, config, state.params, state.router_state, source)
+  report |= {key: result[key] for key in ("steps", "val_loss", "test_loss", "eval_mean_experts")}
+  write_text(workdir / "adaptation.json", dump_json(report, indent=2) + "\n")
+  return report

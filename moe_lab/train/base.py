@@ -1,0 +1,123 @@
+"""A trained run as the beginning of another: its whole state, and new runs that are made of it without training."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moe_lab.adapt.learning import join, split
+from moe_lab.adapt.lora import adapter_coverage, adapters
+from moe_lab.adapt.quantise import calibrated
+from moe_lab.config.schema import Config
+from moe_lab.errors import ConfigError, UserError
+from moe_lab.io.checkpoint import Checkpointer
+from moe_lab.io.files import dump_json, write_text
+from moe_lab.io.run import load_run, open_run
+from moe_lab.train.loop import Start
+from moe_lab.train.optimizer import make_optimizer
+from moe_lab.train.state import TrainState, abstract_plain_params, abstract_state, adapter_key
+from moe_lab.types import Batch
+
+
+class Base(NamedTuple):
+  """A checkpoint of a run; arrays are numpy's, so that they may go to any devices.
+
+  Attributes:
+    workdir: of the run.
+    config: of the run.
+    state: whole.
+    meta: what was saved beside it.
+    step: of the checkpoint.
+    fingerprint: of the run's tokenizer.
+    manifest: of the run's data.
+  """
+
+  workdir: Path
+  config: Config
+  state: TrainState
+  meta: dict
+  step: int
+  fingerprint: str
+  manifest: list[dict]
+
+
+def load_base(workdir: Path, step: int | None = None) -> Base:
+  """Loads a run's checkpoint, the newest if `step` is None; raises UserError as `load_model` does."""
+  config, info = load_run(workdir)
+  with Checkpointer(workdir, keep=None) as checkpointer:
+    state, meta, step = checkpointer.restore(abstract_state(config), step)
+  state = jax.tree.map(np.asarray, state)
+  return Base(workdir, config, state, meta, step, info["tokenizer_fingerprint"], info["data"])
+
+
+def check_new(workdir: Path) -> None:
+  """Raises UserError if there is anything in `workdir`: what is made without training is made once."""
+  if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    raise UserError(f"--workdir={workdir} is there already: wanted a new folder")
+
+
+def write_run(
+  workdir: Path, config: Config, base: Base, params: Any, manifest: list[dict], argv: list[str], report: dict
+) -> None:
+  """Writes a run of other parameters with the base's routing state, as training would have left it.
+
+  Args:
+    workdir: new.
+    config: of the new run; its `adapt` says what form the parameters have.
+    base: that they were made of.
+    params: new ones.
+    manifest: of the data.
+    argv: the command.
+    report: for adaptation.json.
+  """
+  optimizer = make_optimizer(config.train)
+  state = base.state._replace(params=params, opt_state=optimizer.init(split(params, config.adapt)[0]))
+  with open_run(workdir, config, fingerprint=base.fingerprint, manifest=manifest, argv=argv) as run:
+    run.note(base={"workdir": str(base.workdir), "step": base.step})
+    with Checkpointer(workdir, keep=1) as checkpointer:
+      checkpointer.save(base.step, state, base.meta)
+      checkpointer.wait()
+    keep_tokenizer(base, workdir)
+    write_text(workdir / "adaptation.json", dump_json(report, indent=2) + "\n")
+
+
+def keep_tokenizer(base: Base, workdir: Path) -> None:
+  """Copies the base's tokenizer, if it has one."""
+  if (base.workdir / "tokenizer.model").is_file():
+    shutil.copyfile(base.workdir / "tokenizer.model", workdir / "tokenizer.model")
+
+
+def check_tokens(base: Base, config: Config, fingerprint: str) -> None:
+  """Raises UserError if data is read with another tokenizer than the base's."""
+  if fingerprint != base.fingerprint:
+    wanted = f"the base's own ({base.workdir / 'tokenizer.model'}), or its data"
+    raise ConfigError("data.tokenizer", config.data.tokenizer, wanted)
+
+
+def start_from(base: Base, config: Config, fingerprint: str, calibration: Iterable[Batch]) -> Start:
+  """Returns what training an adapted model begins from: the base's weights in the form that `config.adapt` says.
+
+  Args:
+    base: plain, or in the 4 bits that `config` asks for too.
+    config: of the new run.
+    fingerprint: of the tokenizer that the new run reads with.
+    calibration: batches for what is put into 4 bits.
+  """
+  check_tokens(base, config, fingerprint)
+  params = base.state.params
+  if config.adapt.weights != base.config.adapt.weights:
+    params, _ = calibrated(base.config, params, base.state.router_state, calibration, config.adapt.weights)
+  if config.adapt.lora_rank:
+    plain = abstract_plain_params(config)
+    added = adapters(plain, config, adapter_key(config))
+    adapter_coverage(plain, added, config)
+    params = join(added, params)
+  zero = np.zeros((), np.int32)
+  opt_state = make_optimizer(config.train).init(split(params, config.adapt)[0])
+  state = base.state._replace(step=zero, params=params, opt_state=opt_state, skipped_in_a_row=zero)
+  held = config.adapt.router == "held"
+  reference = split(base.state.params, config.adapt)[0] if held else None
+  return Start(jax.tree.map(np.asarray, state), reference, base.fingerprint)

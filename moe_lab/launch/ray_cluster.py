@@ -63,13 +63,13 @@ def performed(
 
   try:
     _warn_of_too_much(cluster, ray.nodes())
-    task = ray.remote(_perform).options(
+    task = ray.remote(
       num_cpus=cluster.cpus,
       num_gpus=cluster.gpus,
       max_retries=cluster.retries,
       retry_exceptions=[Preempted],
       max_calls=1,  # a process a run: jax gives memory and devices back when its process ends
-    )
+    )(_perform)
     # The same name whenever this sweep is started, which one process at a time may do (its own lock): what bears it
     # is an earlier attempt.
     waiting = [task.remote(perform, job, f"ray {job.folder.absolute()}") for job in jobs]

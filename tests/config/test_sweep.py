@@ -56,7 +56,7 @@ def test_mistakes_are_told_where_they_are_made():
   wrong = Sweep(base_config(), axis("arm", {"a": {"routing.method": "topq"}}))
   with pytest.raises(ConfigError, match=r"config.routing.method = 'topq': .*'topk'"):
     wrong.config(wrong.runs[0])
-  with pytest.raises(UserError, match="a run is called 'text:/x': wanted letters"):
+  with pytest.raises(UserError, match="a run is called 'text:/x': wanted labels of letters"):
     Sweep(base_config(), axis("corpus", {"text:/x": {}}))
 
 

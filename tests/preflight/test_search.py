@@ -1,0 +1,57 @@
+"""Meshes by arithmetic: which are legal, and that the order is that of the compiled programs."""
+
+import dataclasses
+
+import pytest
+
+from moe_lab.config.mesh import MeshConfig
+from moe_lab.errors import UserError
+from moe_lab.preflight.chips import CHIPS
+from moe_lab.preflight.estimate import estimate, weights_of
+from moe_lab.preflight.search import candidates, legal_meshes, rank, search
+from tests.preflight.test_report import CONFIG
+
+
+def test_legal_meshes_divide_what_they_spread():
+  found = legal_meshes(CONFIG, 8)
+  assert MeshConfig(fsdp=2, expert=4) in found and MeshConfig(fsdp=8) in found
+  for mesh in found:
+    assert CONFIG.model.num_experts % mesh.expert == 0 and CONFIG.model.num_kv_heads % mesh.model == 0
+    assert 8 % (mesh.fsdp * mesh.expert * mesh.sequence * mesh.model) == 0
+  assert not any(mesh.expert == 8 for mesh in found)  # of four experts
+
+
+def test_sharing_saves_memory_and_costs_network():
+  weights, chip = weights_of(CONFIG), CHIPS["v5e"]
+  apart = estimate(CONFIG, weights, MeshConfig().sizes(4), chip)
+  shared = estimate(CONFIG, weights, MeshConfig(fsdp=4).sizes(4), chip)
+  assert shared.bytes_per_chip < apart.bytes_per_chip
+  assert shared.roofline.compute == apart.roofline.compute
+
+
+def test_those_that_fit_come_first():
+  small = dataclasses.replace(CHIPS["v5e"], memory_bytes=estimate_of(MeshConfig(fsdp=8)) * 1.2)
+  ranked = candidates(CONFIG, small, 8)
+  fit = [1.1 * one.estimate.bytes_per_chip <= small.memory_bytes for one in ranked]
+  assert any(fit) and fit == sorted(fit, reverse=True)
+  assert rank(True, 2.0, 1.0, 5) < rank(True, 2.0, 1.5, 1) < rank(False, 1.0, 1.0, 1) < rank(False, None, None, 1)
+
+
+def estimate_of(mesh):
+  return estimate(CONFIG, weights_of(CONFIG), mesh.sizes(8), CHIPS["v5e"]).bytes_per_chip
+
+
+def test_no_mesh_is_said_in_a_line():
+  with pytest.raises(UserError, match="no mesh of 7 chips divides the model"):
+    candidates(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, batch_size=1)), CHIPS["v5e"], 7)
+
+
+@pytest.mark.slow
+def test_the_best_is_compiled():
+  pytest.importorskip("libtpu")
+  said = []
+  result = search(CONFIG, "v5e:2x2", said.append)
+  compiled = result["search"]["compiled"]
+  assert result["fits"] and len(compiled) == min(3, result["search"]["legal"])
+  assert result["suggestion"] == compiled[0]["flags"]
+  assert [one["step_seconds"] for one in compiled] == sorted(one["step_seconds"] for one in compiled)

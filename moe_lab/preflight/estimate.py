@@ -103,10 +103,10 @@ def estimate(config: Config, weights: list[Weights], sizes: Mapping[str, int], c
   sent += 8 * sum(w.part(sizes) for w in experts) * _others(sizes["data"] * sizes["sequence"])
   readers, stretched = token_spec(mesh, train.batch_size // train.accumulate, config.data.seq_len) or (BATCH, None)
   stretches = num_along(mesh, stretched)
-  if readers == BATCH:
+  if readers:
     copies = sizes["data"] * sizes["expert"] * sizes["sequence"]
     sent += 8 * sum(w.part(sizes) for w in rest) * _others(copies)
-  else:  # the partitioner sums whole gradients over all chips
+  else:  # of one sequence at a time, the partitioner sums whole gradients over all chips
     sent += 8 * sum(w.part(sizes, "fsdp") for w in rest) * _others(mesh.size // sizes["model"])
   layers = model.num_layers
   there = tokens * config.routing.mean_count * model.dim * itemsize * _others(sizes["expert"])

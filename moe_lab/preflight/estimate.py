@@ -5,8 +5,8 @@ layer's input, one layer's and the head's gathered weights, and the rows of one 
 for the worst case; of these about four as wide as the model and five as wide as an expert live at a time. Bytes a chip
 sends: weights fetched along "fsdp" forward and backward, their gradients in float32, the experts' rows there and back
 in three passes, sums along "model", and keys where a sequence lies on several chips. Against the compiler's plan for
-the presets (benchmarks/results, `presets` of 2026-11-26) memory comes out between 4% too high and a fifth too low, lowest
-for wide experts, and the network of medium_50b within 3%.
+the presets (benchmarks/results, `presets` of 2026-11-26) memory comes out between 4% too high and a fifth too low,
+lowest for wide experts, and the network of medium_50b within 3%.
 """
 
 import dataclasses

@@ -28,9 +28,10 @@ def test_topologies_have_so_many_chips_and_meshes(chips, topology):
 
 
 def test_the_report_has_a_row_and_a_point_for_each(tmp_path):
-  found = [result(16, 4), result(32, 8), {"topology": "v5p:4x4x4", "error": "no luck", "sent_by_axis": {}}]
+  found = [result(16, 4), result(32, 8), {"chips": 64, "topology": "v5p:4x4x4", "error": "no luck", "sent_by_axis": {}}]
   path = weak_scaling.save(tmp_path, found, describe(), "the command")
   text, drawn = path.read_text(), path.with_suffix(".html").read_text()
-  assert ["32", "v5p:2x4x4", "8 x 4"] in [[cell.strip() for cell in row.split("|")[1:4]] for row in text.splitlines()]
-  assert "4.00 GB" in text and "6.0 GB" in text and "no luck" in text
+  rows = [[cell.strip() for cell in row.split("|")[1:4]] for row in text.splitlines()]
+  assert ["32", "v5p:2x4x4", "8 x 4"] in rows and ["64", "v5p:4x4x4", "no luck"] in rows
+  assert "4.00 GB" in text and "6.0 GB" in text
   assert drawn.count("<svg") >= 2 and "16 chips: 4.0 GB" in drawn and "32 chips: 75.0 %" in drawn

@@ -54,8 +54,8 @@ class ModelConfig:
   # Distances count as so many times shorter, so that a longer context looks as long as the trained one did: slopes and
   # rotary positions are divided by it, and windows grow with it (position interpolation, arXiv 2306.15595).
   position_interpolation: float = 1.0
-  # From so many tokens on, the trained length, logits of groups without a slope grow by the logarithm of the position,
-  # or their softmax thins out over ever more keys (scalable softmax, arXiv 2501.19399, only beyond training). 0: never.
+  # From so many tokens on, logits of groups without a slope grow by the logarithm of the position, or their softmax
+  # thins out over more keys than were trained with (scalable softmax, arXiv 2501.19399, after training). 0: never.
   sharpen_from: int = 0
   qk_norm: bool = True  # RMS-normalise queries and keys per head
   qk_bound: float = 8.0  # S: with qk_norm, |q.k| / sqrt(H) never exceeds this

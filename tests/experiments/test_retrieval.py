@@ -93,4 +93,4 @@ def test_longer_rows_are_read_in_three_ways():
   trained, interpolated, sharpened = (answers.longer(CONFIG.model, way, 1024, 4096) for way in answers.WAYS)
   assert trained == CONFIG.model
   assert (interpolated.position_interpolation, interpolated.sharpen_from) == (4.0, 0)
-  assert (sharpened.position_interpolation, sharpened.sharpen_from) == (1.0, 1024)
+  assert (sharpened.position_interpolation, sharpened.sharpen_from) == (1.0, 256)

@@ -68,7 +68,7 @@ def main(workdir: Path) -> dict:
 
 def _asked(folder: Path) -> list[dict]:
   """Returns the answers of one run by length and way; what is kept in the folder is not asked again."""
-  from experiments.retrieval.answers import WAYS, answered
+  from experiments.retrieval.answers import WAYS, answered, longer
   from moe_lab.io.files import dump_json, write_text
   from moe_lab.train.load import load_model
 
@@ -79,8 +79,9 @@ def _asked(folder: Path) -> list[dict]:
   for length, rows in LENGTHS.items():
     if length > FLAGS.longest:
       continue
-    for way in WAYS[:1] if length == loaded.config.data.seq_len else WAYS:  # there all are the same
-      if (key := (loaded.step, length, rows, way)) in done:
+    for way in WAYS:
+      same = longer(loaded.config.model, way, loaded.config.data.seq_len, length) == loaded.config.model
+      if (key := (loaded.step, length, rows, way)) in done or (same and way != WAYS[0]):
         continue
       right = answered(loaded, program.cache_dir(), length, rows, way, FLAGS.split)
       found.append(dict(zip(("step", "length", "rows", "way"), key, strict=True)) | right)
@@ -94,13 +95,17 @@ def _in_words(one: dict) -> str:
 
 
 def _summary(runs: list[dict]) -> list[dict]:
-  """Returns accuracy by arm, way and length: of each seed, and their mean. At the trained length all ways are one."""
+  """Returns accuracy by arm, way and length: of each seed, and their mean.
+
+  At the trained length nothing is interpolated.
+  """
   from experiments.retrieval.answers import WAYS
 
   found: dict[tuple, dict] = {}
   for run in runs:
     for one in run["asked"]:
-      for way in WAYS if one["length"] == min(LENGTHS) else (one["way"],):
+      both = one["length"] == min(LENGTHS) and one["way"] == WAYS[0]
+      for way in WAYS[:2] if both else (one["way"],):
         key = (run["arm"], way, one["length"])
         entry = found.setdefault(key, dict(zip(("arm", "way", "length"), key, strict=True)) | {"by_seed": {}})
         entry["by_seed"][str(run["seed"])] = {

@@ -75,7 +75,7 @@ def test_the_summary_by_hand():
   ]
   found = {(e["way"], e["length"]): (e["passkey"], e["multikey"]) for e in study._summary(runs)}
   assert found == {
-    **{(way, 1024): (0.75, 1.0) for way in answers.WAYS},
+    (TRAINED, 1024): (0.75, 1.0), (INTERPOLATED, 1024): (0.75, 1.0), (SHARP, 1024): (1.0, 0.75),
     (TRAINED, 2048): (0.25, 0.75), (INTERPOLATED, 2048): (0.0, 0.5), (SHARP, 2048): (0.25, 0.25),
   }  # fmt: skip
   assert page.page_of(study._summary(runs), "a command").count("<figure") == 6

@@ -57,6 +57,7 @@ def test_the_summary_by_hand():
       "seed": 0,
       "asked": [
         asked(1024, TRAINED, 4, 8),
+        asked(1024, SHARP, 4, 4),
         asked(2048, TRAINED, 2, 8),
         asked(2048, INTERPOLATED, 0, 4),
         asked(2048, SHARP, 1, 4),
@@ -67,6 +68,7 @@ def test_the_summary_by_hand():
       "seed": 1,
       "asked": [
         asked(1024, TRAINED, 2, 8),
+        asked(1024, SHARP, 4, 8),
         asked(2048, TRAINED, 0, 4),
         asked(2048, INTERPOLATED, 0, 4),
         asked(2048, SHARP, 1, 0),

@@ -12,6 +12,7 @@ is the JSON result.
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
@@ -21,7 +22,7 @@ from moe_lab.errors import UserError, did_you_mean
 
 CONFIG = Path(__file__).parents[2] / "configs/retrieval.py"
 ARMS = ("modified", "plain", "rotary")
-LENGTHS = {1024: 64, 2048: 64, 4096: 64, 8192: 24, 16_384: 12}  # tokens of a row, and how many rows
+LENGTHS = {1024: 64, 2048: 32, 4096: 32, 8192: 12, 16_384: 8}  # tokens of a row, and how many rows
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds to train.", flag_values=FLAGS)
@@ -38,7 +39,9 @@ def main(workdir: Path) -> dict:
   from moe_lab.config.load import load
   from moe_lab.config.resolve import resolve
   from moe_lab.io.files import dump_json, write_text
+  from moe_lab.launch.local import stop_of
   from moe_lab.train.loop import train
+  from moe_lab.train.signals import Preemption
 
   for arm in FLAGS.arms:
     if arm not in ARMS:
@@ -48,14 +51,15 @@ def main(workdir: Path) -> dict:
     raise UserError(f"--longest={FLAGS.longest}: wanted at least {min(LENGTHS)}, the trained length")
   configs = {arm: resolve(load(f"{CONFIG}:{arm}")) for arm in FLAGS.arms}
   runs = []
-  for arm, config in configs.items():
-    for seed in seeds:
-      folder = workdir / f"{arm}-{seed}"
-      seeded = config.with_seed(seed)
-      trained = train(seeded, folder, program.cache_dir(), sys.argv)
-      runs.append({"arm": arm, "seed": seed, "val_loss": trained["val_loss"], "asked": _asked(folder)})
-      for one in runs[-1]["asked"]:
-        print(f"{arm} {seed}: {_in_words(one)}", file=sys.stderr, flush=True)
+  with Preemption() as preemption:
+    stop = stop_of(preemption)
+    for arm, config in configs.items():
+      for seed in seeds:
+        folder = workdir / f"{arm}-{seed}"
+        trained = train(config.with_seed(seed), folder, program.cache_dir(), sys.argv)
+        runs.append({"arm": arm, "seed": seed, "val_loss": trained["val_loss"], "asked": _asked(folder, stop)})
+        for one in runs[-1]["asked"]:
+          print(f"{arm} {seed}: {_in_words(one)}", file=sys.stderr, flush=True)
   study = {"split": FLAGS.split, "runs": runs, "summary": _summary(runs)}
   write_text(workdir / "study.json", dump_json(study, indent=1) + "\n")
   write_text(
@@ -66,8 +70,11 @@ def main(workdir: Path) -> dict:
   return {"split": FLAGS.split, "summary": study["summary"], "workdir": workdir}
 
 
-def _asked(folder: Path) -> list[dict]:
-  """Returns the answers of one run by length and way; what is kept in the folder is not asked again."""
+def _asked(folder: Path, stop: Callable[[], None]) -> list[dict]:
+  """Returns the answers of one run by length and way; what is kept in the folder is not asked again.
+
+  `stop` is called before each question, and leaves after SIGTERM.
+  """
   from experiments.retrieval.answers import WAYS, answered, longer
   from moe_lab.io.files import dump_json, write_text
   from moe_lab.train.load import load_model
@@ -83,6 +90,7 @@ def _asked(folder: Path) -> list[dict]:
       same = longer(loaded.config.model, way, loaded.config.data.seq_len, length) == loaded.config.model
       if (key := (loaded.step, length, rows, way)) in done or (same and way != WAYS[0]):
         continue
+      stop()
       right = answered(loaded, program.cache_dir(), length, rows, way, FLAGS.split)
       found.append(dict(zip(("step", "length", "rows", "way"), key, strict=True)) | right)
       write_text(kept, dump_json(found, indent=1) + "\n")

@@ -80,21 +80,25 @@ def _asked(folder: Path, stop: Callable[[], None]) -> list[dict]:
   from moe_lab.train.load import load_model
 
   loaded = load_model(folder)
+  trained_length = loaded.config.data.seq_len
   kept = folder / f"answers-{FLAGS.split}.json"
   found = json.loads(kept.read_text()) if kept.is_file() else []
-  done = {(one["step"], one["length"], one["rows"], one["way"]) for one in found}
-  for length, rows in LENGTHS.items():
-    if length > FLAGS.longest:
-      continue
-    for way in WAYS:
-      same = longer(loaded.config.model, way, loaded.config.data.seq_len, length) == loaded.config.model
-      if (key := (loaded.step, length, rows, way)) in done or (same and way != WAYS[0]):
-        continue
+  by_key = {(one["step"], one["length"], one["rows"], one["way"]): one for one in found}
+  keys = [
+    (loaded.step, length, rows, way)
+    for length, rows in LENGTHS.items()
+    for way in WAYS
+    # What changes nothing, as interpolation at the trained length, is asked once.
+    if way == WAYS[0] or longer(loaded.config.model, way, trained_length, length) != loaded.config.model
+    if length <= FLAGS.longest
+  ]
+  for key in keys:
+    if key not in by_key:
       stop()
-      right = answered(loaded, program.cache_dir(), length, rows, way, FLAGS.split)
-      found.append(dict(zip(("step", "length", "rows", "way"), key, strict=True)) | right)
-      write_text(kept, dump_json(found, indent=1) + "\n")
-  return [one for one in found if one["step"] == loaded.step and one["length"] <= FLAGS.longest]
+      right = answered(loaded, program.cache_dir(), *key[1:], FLAGS.split)
+      by_key[key] = dict(zip(("step", "length", "rows", "way"), key, strict=True)) | right
+      write_text(kept, dump_json(list(by_key.values()), indent=1) + "\n")
+  return [by_key[key] for key in keys]
 
 
 def _in_words(one: dict) -> str:

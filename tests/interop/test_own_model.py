@@ -109,7 +109,7 @@ def test_padding_on_the_left_changes_nothing(tmp_path):
 
 def test_what_cannot_be_exported_is_a_line(tmp_path):
   run = trained_run("curvature", tmp_path / "run")
-  for family, words in (("lama", "did you mean 'llama'"), ("llama", "config.*: wanted .* for a llama model")):
+  for family, words in (("lama", "did you mean 'llama'"), ("llama", "wanted moe_lab, since .* has a balance bias")):
     with pytest.raises(UserError, match=words):
       export_run(run, tmp_path / "exported", family=family, dtype=None, step=None)
   with pytest.raises(UserError, match="--dtype=float8: wanted one of"):
@@ -120,6 +120,10 @@ def test_what_cannot_be_exported_is_a_line(tmp_path):
   with open_run(tmp_path / "other", other, fingerprint="", manifest=[], argv=["train"]):
     with Checkpointer(tmp_path / "other", 1) as checkpointer:
       checkpointer.save(1, jax.jit(lambda: initial_state(other, make_optimizer(other.train)))(), {})
-  with pytest.raises(UserError, match="routing.method = 'top_p': wanted one of dynamic, topk, to be exported"):
-    export_run(tmp_path / "other", tmp_path / "exported", family=None, dtype=None, step=None)
+  for family, words in (
+    (None, "routing.method = 'top_p': wanted one of dynamic, topk, to be exported"),
+    ("llama", "config.*: wanted .* for a llama model"),
+  ):
+    with pytest.raises(UserError, match=words):
+      export_run(tmp_path / "other", tmp_path / "exported", family=family, dtype=None, step=None)
   assert not (tmp_path / "exported").exists() and not list(tmp_path.glob(".*"))

@@ -64,7 +64,7 @@ def to_config(raw: Mapping, where: str) -> Config:
   """
   family = family_of(raw, where)
   read = _Keys(raw, _DEFAULT | family.default, where)
-  read.check_known()
+  read.check_known(_FIELDS | family.fields)
   values: dict[str, object] = _ALWAYS | family.always
   for key, field in (_FIELDS | family.fields).items():
     values[field] = read[key]
@@ -169,8 +169,11 @@ class _Keys:
   def refuse(self, key: str, got: object, wanted: str) -> UserError:
     return UserError(f"{self.where}: {key} = {got!r}: wanted {wanted}")
 
-  def check_known(self) -> None:
-    """Raises UserError for what the model code cannot do."""
+  def check_known(self, fields: Mapping[str, str]) -> None:
+    """Raises UserError for what the model code cannot do, and for `fields` (key -> ours) whose size is none."""
+    for key, field in fields.items():
+      if (got := self.raw.get(key)) is not None and FIELDS[field] is int and not (type(got) is int and got > 0):
+        raise self.refuse(key, got, "a positive integer")
     for key, only in _ONLY.items():
       if (got := self.raw.get(key)) is not None and got != only:
         raise self.refuse(key, got, f"{only!r}, the only one that is supported")

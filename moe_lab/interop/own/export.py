@@ -70,7 +70,7 @@ def to_raw(config: Config, params: Mapping[str, np.ndarray], budget: float) -> d
     },
     "vocab_size": config.data.vocab_size,
     "max_position_embeddings": config.data.seq_len,
-    "decoder": dataclasses.asdict(config.model),
+    "shapes": dataclasses.asdict(config.model),
     "routing": dataclasses.asdict(routing) | decided | width,
     "budget": budget,
     "tie_word_embeddings": False,  # the file ties them itself

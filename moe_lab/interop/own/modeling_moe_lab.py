@@ -10,41 +10,39 @@ F hidden width, T = B * L tokens, E experts, K expert slots, J budgets of a tabl
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 KNOTS = 8  # J, of a budget table
+# What transformers calls the cache: the second name is the older.
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 class MoeLabConfig(PretrainedConfig):
-  """`decoder` and `routing` are moe_lab's sections `model` and `routing`, `budget` the mean count that is asked for."""
+  """`shapes` and `routing` are moe_lab's sections `model` and `routing`, `budget` the mean count that is asked for."""
 
   model_type = "moe_lab"
 
-  def __init__(self, decoder=None, routing=None, vocab_size=0, budget=1.0, **kwargs):
-    self.decoder, self.routing = decoder or {}, routing or {}
+  def __init__(self, shapes=None, routing=None, vocab_size=0, budget=1.0, **kwargs):
+    self.shapes, self.routing = shapes or {}, routing or {}
     self.vocab_size, self.budget = vocab_size, budget
-    self.hidden_size = self.decoder.get("dim", 0)
-    self.num_hidden_layers = self.decoder.get("num_layers", 0)
-    self.num_attention_heads = self.decoder.get("num_heads", 0)
+    self.hidden_size = self.shapes.get("dim", 0)
+    self.num_hidden_layers = self.shapes.get("num_layers", 0)
+    self.num_attention_heads = self.shapes.get("num_heads", 0)
     kwargs.setdefault("tie_word_embeddings", False)  # it is done here
     super().__init__(**kwargs)
 
 
 @dataclass
-class MoeLabOutput(ModelOutput):
-  """What a forward pass returns; the cache is under both names that transformers has had for it."""
+class MoeLabOutput(CausalLMOutputWithPast):
+  """What a forward pass returns. experts: int [Z, B, L], how many each token takes; None: a model without experts."""
 
-  loss: torch.Tensor | None = None
-  logits: torch.Tensor | None = None
-  cache: object | None = None
-  past_key_values: object | None = None
   experts: torch.Tensor | None = None
 
 
@@ -80,11 +78,11 @@ class Norm(nn.Module):
 class HeadNorm(nn.Module):
   """RMSNorm of queries or keys, head by head or (`together`) of a token's heads; gains are held to a bound."""
 
-  def __init__(self, decoder, letter):
+  def __init__(self, shapes, letter):
     super().__init__()
-    self.epsilon, self.together = decoder["norm_epsilon"], decoder["qk_norm_over"] == "all"
-    heads, width = decoder["num_heads" if letter == "N" else "num_kv_heads"], decoder["head_dim"]
-    self.limit = math.sqrt(decoder["qk_bound"] * width**-0.5) if decoder["qk_bound"] else math.inf
+    self.epsilon, self.together = shapes["norm_epsilon"], shapes["qk_norm_over"] == "all"
+    heads, width = shapes["num_heads" if letter == "N" else "num_kv_heads"], shapes["head_dim"]
+    self.limit = math.sqrt(shapes["qk_bound"] * width**-0.5) if shapes["qk_bound"] else math.inf
     self.gain_name = f"gain_{letter}H" if self.together else "gain_H"
     self.register_parameter(self.gain_name, parameter(heads, width) if self.together else parameter(width))
 
@@ -94,67 +92,67 @@ class HeadNorm(nn.Module):
     return (rms_normalise(rows, self.epsilon).reshape(x.shape) * gain).to(x.dtype)
 
 
-def rotate(x_BLNH, position_BL, decoder):
+def rotate(x_BLNH, position_BL, shapes):
   """Rotary embedding, halves side by side."""
   half = x_BLNH.shape[-1] // 2
-  frequency = decoder["rotary_base"] ** (-torch.arange(half, device=x_BLNH.device).float() / half)
-  if decoder["rotary_stretch"]:
-    factor, low, high, length = decoder["rotary_stretch"]
+  frequency = shapes["rotary_base"] ** (-torch.arange(half, device=x_BLNH.device).float() / half)
+  if shapes["rotary_stretch"]:
+    factor, low, high, length = shapes["rotary_stretch"]
     kept = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
     frequency = frequency * (kept + (1 - kept) / factor)
-  angle = (position_BL[..., None].float() / decoder["position_interpolation"] * frequency)[:, :, None]
+  angle = (position_BL[..., None].float() / shapes["position_interpolation"] * frequency)[:, :, None]
   one, two = x_BLNH.float().chunk(2, dim=-1)
   rotated = (one * angle.cos() - two * angle.sin(), two * angle.cos() + one * angle.sin())
   return torch.cat(rotated, dim=-1).to(x_BLNH.dtype)
 
 
-def slopes(decoder):
+def slopes(shapes):
   """Returns ALiBi's slope of each key/value head, steepest first, those that see everything (0) last."""
-  if decoder["position"] == "rotary":
-    return torch.zeros(decoder["num_kv_heads"])
-  windowed = decoder["num_kv_heads"] - decoder["num_global_groups"]
-  steep = [2 ** (-8 * (m + 0.5) / windowed) / decoder["position_interpolation"] for m in range(windowed)]
-  return torch.tensor(steep + [0.0] * decoder["num_global_groups"])
+  if shapes["position"] == "rotary":
+    return torch.zeros(shapes["num_kv_heads"])
+  windowed = shapes["num_kv_heads"] - shapes["num_global_groups"]
+  steep = [2 ** (-8 * (m + 0.5) / windowed) / shapes["position_interpolation"] for m in range(windowed)]
+  return torch.tensor(steep + [0.0] * shapes["num_global_groups"])
 
 
 class Attention(nn.Module):
   """Causal grouped-query attention with ALiBi slopes or rotary positions."""
 
-  def __init__(self, decoder, layer):
+  def __init__(self, shapes, layer):
     super().__init__()
-    self.decoder, self.layer = decoder, layer
-    dim, width = decoder["dim"], decoder["head_dim"]
-    heads, groups = decoder["num_heads"], decoder["num_kv_heads"]
+    self.shapes, self.layer = shapes, layer
+    dim, width = shapes["dim"], shapes["head_dim"]
+    heads, groups = shapes["num_heads"], shapes["num_kv_heads"]
     self.query_DNH, self.out_NHD = parameter(dim, heads, width), parameter(heads, width, dim)
     self.key_DMH, self.value_DMH = parameter(dim, groups, width), parameter(dim, groups, width)
-    if decoder["qkv_bias"]:
+    if shapes["qkv_bias"]:
       self.query_bias_NH = parameter(heads, width)
       self.key_bias_MH, self.value_bias_MH = parameter(groups, width), parameter(groups, width)
-    if decoder["qk_norm"]:
-      self.query_norm, self.key_norm = HeadNorm(decoder, "N"), HeadNorm(decoder, "M")
+    if shapes["qk_norm"]:
+      self.query_norm, self.key_norm = HeadNorm(shapes, "N"), HeadNorm(shapes, "M")
 
   def forward(self, x_BLD, position_BL, seen_BLS, distance_LS, cache):
-    decoder = self.decoder
+    shapes = self.shapes
     q_BLNH = torch.einsum("BLD,DNH->BLNH", x_BLD, self.query_DNH)
     k_BLMH = torch.einsum("BLD,DMH->BLMH", x_BLD, self.key_DMH)
     v_BLMH = torch.einsum("BLD,DMH->BLMH", x_BLD, self.value_DMH)
-    if decoder["qkv_bias"]:
+    if shapes["qkv_bias"]:
       q_BLNH, k_BLMH, v_BLMH = q_BLNH + self.query_bias_NH, k_BLMH + self.key_bias_MH, v_BLMH + self.value_bias_MH
-    if decoder["qk_norm"]:
+    if shapes["qk_norm"]:
       q_BLNH, k_BLMH = self.query_norm(q_BLNH), self.key_norm(k_BLMH)
-    if decoder["position"] == "rotary":
-      q_BLNH, k_BLMH = rotate(q_BLNH, position_BL, decoder), rotate(k_BLMH, position_BL, decoder)
-    slope_M = slopes(decoder).to(x_BLD.device)
-    if decoder["sharpen_from"]:  # where there is no slope, queries grow with the position beyond the trained length
-      growth_BL = (torch.log(position_BL + 1.0) / math.log(decoder["sharpen_from"])).clamp(min=1.0)
-      is_global_N = (slope_M == 0).repeat_interleave(decoder["num_heads"] // decoder["num_kv_heads"])
+    if shapes["position"] == "rotary":
+      q_BLNH, k_BLMH = rotate(q_BLNH, position_BL, shapes), rotate(k_BLMH, position_BL, shapes)
+    slope_M = slopes(shapes).to(x_BLD.device)
+    if shapes["sharpen_from"]:  # where there is no slope, queries grow with the position beyond the trained length
+      growth_BL = (torch.log(position_BL + 1.0) / math.log(shapes["sharpen_from"])).clamp(min=1.0)
+      is_global_N = (slope_M == 0).repeat_interleave(shapes["num_heads"] // shapes["num_kv_heads"])
       q_BLNH = q_BLNH * torch.where(is_global_N, growth_BL[..., None], 1.0)[..., None].to(q_BLNH.dtype)
 
     k_BMSH, v_BMSH = k_BLMH.transpose(1, 2), v_BLMH.transpose(1, 2)
     if cache is not None:
       k_BMSH, v_BMSH = cache.update(k_BMSH, v_BMSH, self.layer)
-    q_BLMGH = q_BLNH.unflatten(2, (decoder["num_kv_heads"], -1))
-    logits = torch.einsum("BLMGH,BMSH->BMGLS", q_BLMGH, k_BMSH).float() * decoder["head_dim"] ** -0.5
+    q_BLMGH = q_BLNH.unflatten(2, (shapes["num_kv_heads"], -1))
+    logits = torch.einsum("BLMGH,BMSH->BMGLS", q_BLMGH, k_BMSH).float() * shapes["head_dim"] ** -0.5
     logits = logits - slope_M[:, None, None, None] * distance_LS
     weights = logits.masked_fill(~seen_BLS[:, None, None], torch.finfo(logits.dtype).min).softmax(-1).to(x_BLD.dtype)
     out_BLNH = torch.einsum("BMGLS,BMSH->BLMGH", weights, v_BMSH).flatten(2, 3)
@@ -193,11 +191,11 @@ def log_prior(budget, k_min, k_max):
 class MoE(nn.Module):
   """Router, count, experts, and what every token takes."""
 
-  def __init__(self, decoder, routing):
+  def __init__(self, shapes, routing):
     super().__init__()
     self.routing, self.dynamic = routing, routing["method"] == "dynamic"
     self.by_value = self.dynamic and routing["learner"] == "curvature"
-    dim, hidden, num = decoder["dim"], decoder["expert_dim"], decoder["num_experts"]
+    dim, hidden, num = shapes["dim"], shapes["expert_dim"], shapes["num_experts"]
     self.slots = routing["k_max"] if self.dynamic else routing["k"]
     self.router_DE, self.bias_E = parameter(dim, num), constant(num)
     if routing["standardise"]:
@@ -219,11 +217,11 @@ class MoE(nn.Module):
     self.gate_EDF, self.up_EDF, self.down_EFD = (
       parameter(num, dim, hidden), parameter(num, dim, hidden), parameter(num, hidden, dim),
     )  # fmt: skip
-    shared_width = decoder["shared_dim"] or decoder["num_shared_experts"] * hidden
+    shared_width = shapes["shared_dim"] or shapes["num_shared_experts"] * hidden
     self.shared = MLP(dim, shared_width) if shared_width else None
-    if shared_width and decoder["shared_gate"]:
+    if shared_width and shapes["shared_gate"]:
       self.shared_gate_D = parameter(dim)
-    self.has_shared_gate = bool(shared_width and decoder["shared_gate"])
+    self.has_shared_gate = bool(shared_width and shapes["shared_gate"])
 
   def choose(self, logits_TE):
     """Returns expert_TK: each token's best experts, best first. The bias decides the choice and no gate."""
@@ -303,15 +301,15 @@ class Layer(nn.Module):
 
   def __init__(self, config, layer):
     super().__init__()
-    decoder = config.decoder
-    self.attention_norm = Norm(decoder["dim"], decoder["norm_epsilon"])
-    self.mlp_norm = Norm(decoder["dim"], decoder["norm_epsilon"])
-    self.attention = Attention(decoder, layer)
-    self.is_moe = layer >= decoder["num_dense_layers"]
+    shapes = config.shapes
+    self.attention_norm = Norm(shapes["dim"], shapes["norm_epsilon"])
+    self.mlp_norm = Norm(shapes["dim"], shapes["norm_epsilon"])
+    self.attention = Attention(shapes, layer)
+    self.is_moe = layer >= shapes["num_dense_layers"]
     if self.is_moe:
-      self.moe = MoE(decoder, config.routing)
+      self.moe = MoE(shapes, config.routing)
     else:
-      self.mlp = MLP(decoder["dim"], decoder["dense_dim"])
+      self.mlp = MLP(shapes["dim"], shapes["dense_dim"])
 
   def forward(self, x_BLD, embedding_BLD, mask_BL, budget, *positions):
     x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), *positions)
@@ -323,19 +321,19 @@ class Layer(nn.Module):
 
 
 class MoeLabForCausalLM(PreTrainedModel, GenerationMixin):
-  """The decoder with its head."""
+  """The shapes with its head."""
 
   config_class = MoeLabConfig
   _no_split_modules = ["Layer"]
 
   def __init__(self, config):
     super().__init__(config)
-    decoder = config.decoder
-    self.embedding_VD = parameter(config.vocab_size, decoder["dim"])
-    self.layers = nn.ModuleList(Layer(config, layer) for layer in range(decoder["num_layers"]))
-    self.final_norm = Norm(decoder["dim"], decoder["norm_epsilon"])
-    if not decoder["tie_embeddings"]:
-      self.head_VD = parameter(config.vocab_size, decoder["dim"])
+    shapes = config.shapes
+    self.embedding_VD = parameter(config.vocab_size, shapes["dim"])
+    self.layers = nn.ModuleList(Layer(config, layer) for layer in range(shapes["num_layers"]))
+    self.final_norm = Norm(shapes["dim"], shapes["norm_epsilon"])
+    if not shapes["tie_embeddings"]:
+      self.head_VD = parameter(config.vocab_size, shapes["dim"])
     self.post_init()
 
   def _init_weights(self, module):
@@ -362,7 +360,7 @@ class MoeLabForCausalLM(PreTrainedModel, GenerationMixin):
       use_cache: return a cache.
       budget: mean experts to ask for; None: the configuration's.
     """
-    decoder, budget = self.config.decoder, float(self.config.budget if budget is None else budget)
+    shapes, budget = self.config.shapes, float(self.config.budget if budget is None else budget)
     cache = past_key_values if cache is None else cache
     if cache is None and use_cache:
       cache = DynamicCache()
@@ -375,14 +373,14 @@ class MoeLabForCausalLM(PreTrainedModel, GenerationMixin):
     distance_LS = (key_S[before:, None] - key_S).float()
     seen_BLS = (distance_LS >= 0) & real_BS[:, None]
 
-    x_BLD = self.embedding_VD[input_ids] * (math.sqrt(decoder["dim"]) if decoder["scale_embeddings"] else 1.0)
+    x_BLD = self.embedding_VD[input_ids] * (math.sqrt(shapes["dim"]) if shapes["scale_embeddings"] else 1.0)
     embedding_BLD, counts = x_BLD, []
     for layer in self.layers:
       x_BLD, count_BL = layer(
         x_BLD, embedding_BLD, real_BS[:, before:], budget, position_BL, seen_BLS, distance_LS, cache
       )
       counts += [] if count_BL is None else [count_BL]
-    head_VD = self.embedding_VD if decoder["tie_embeddings"] else self.head_VD
+    head_VD = self.embedding_VD if shapes["tie_embeddings"] else self.head_VD
     logits_BLV = torch.einsum("BLD,VD->BLV", self.final_norm(x_BLD), head_VD).float()
     loss = None
     if labels is not None:
@@ -390,7 +388,6 @@ class MoeLabForCausalLM(PreTrainedModel, GenerationMixin):
     return MoeLabOutput(
       loss=loss,
       logits=logits_BLV,
-      cache=cache,
-      past_key_values=cache,
       experts=torch.stack(counts) if counts else None,
+      **{CACHE: cache},
     )

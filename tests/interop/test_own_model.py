@@ -53,7 +53,7 @@ def trained_run(case, workdir):
   def drawn(leaf):
     if leaf.ndim < 3:
       return leaf + 0.4 * rng.normal(size=leaf.shape).astype(np.float32)
-    return (1.3 * rng.normal(size=leaf.shape) * leaf.shape[-2] ** -0.5).astype(np.float32)
+    return (1.3 * rng.normal(size=leaf.shape) * config.model.dim**-0.5).astype(np.float32)
 
   routed = state.router_state
   method = {name: value + 0.0 for name, value in routed.method.items()}

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 pytest.importorskip("gguf")
+pytest.importorskip("accelerate")  # with which transformers reads GGUF
 
 import jax
 import jax.numpy as jnp
@@ -82,8 +84,12 @@ def logits_of(loaded, tokens):
 
 
 def test_texts_are_cut_as_theirs(tokenizer, theirs):
-  for text in (*texts().values(), "12345 naïve \U0001f600\n\n  x"):
+  for text in (*texts().values(), "naïve \U0001f600\n\n  x"):
+    # Digits stand alone before anything else is cut (llama.cpp's "smollm"); transformers does not read that from GGUF.
+    text = re.sub(r"\d", "", text)
     assert tokenizer.encode(text).tolist() == theirs[1].encode(text, add_special_tokens=False)
+  pieces = tokenizer.piece_texts()
+  assert [pieces[token] for token in tokenizer.encode("\n\n   12. x")] == ["\n\n   ", "1", "2", ".", " x"]
 
 
 def test_logits_are_theirs_and_real_texts_are_expected(loaded, tokenizer, theirs):
@@ -95,8 +101,8 @@ def test_logits_are_theirs_and_real_texts_are_expected(loaded, tokenizer, theirs
     difference = np.abs(ours - wanted).max()
     loss = -np.take_along_axis(jax.nn.log_softmax(ours[0, :-1]), tokens[0, 1:, None], axis=-1).mean()
     print(f"{name}: perplexity {np.exp(loss):.2f} over {tokens.shape[1] - 1} tokens, logits within {difference:.1e}")
-    assert difference < 2e-3  # of logits up to about 30, over 30 layers in another order of summation
-    assert np.exp(loss) < 25
+    assert difference < 5e-4  # of logits up to about 30, over 30 layers in another order of summation
+    assert np.exp(loss) < 20
 
 
 def test_a_plausible_continuation(run):

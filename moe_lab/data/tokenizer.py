@@ -23,6 +23,8 @@ from moe_lab.io.hosts import first_ahead
 # Classes of tokens, by what the piece alone shows. 0 is also the class of padding.
 CLASS_NAMES = ("special", "whitespace", "word_start", "word_inside", "digit", "punctuation", "byte")
 
+RUN_FILES = ("tokenizer.model", "tokenizer.json")  # what a run calls its tokenizer: sentencepiece's, an imported one
+
 SAMPLE_CHARACTERS = 4_000_000  # of training text that a tokenizer is trained on
 
 # One thread and no sampling of its own: the model's bytes are then a function of the text.
@@ -56,11 +58,13 @@ class Tokenizer:
   Attributes:
     vocab_size: V.
     bos_id, eos_id, pad_id: control ids; none of them is ever part of `encode`'s result.
+    model: its serialised bytes, which a run keeps as its file `file_name`.
     fingerprint: SHA-256 of the model's bytes, in hex.
     class_names: names for the values of `class_of_token`.
   """
 
   class_names = CLASS_NAMES
+  file_name = RUN_FILES[0]
 
   def __init__(self, model: bytes):
     """Loads a serialised model; raises ValueError if it is not one, or cannot return every text unchanged."""
@@ -124,23 +128,35 @@ class Tokenizer:
   def _class_name(self, token: int) -> str:
     if self._processor.is_byte(token):
       return "byte"
-    text = self._bytes[token].decode("utf-8")
-    word = text.strip()
-    if not text:
-      return "special"
-    if not word:
-      return "whitespace"
-    if word[0].isdigit():
-      return "digit"
-    if word[0].isalpha() or word[0] == "_":
-      return "word_start" if text[0].isspace() else "word_inside"
-    return "punctuation"
+    return class_of_text(self._bytes[token].decode("utf-8"))
+
+
+def class_of_text(text: str) -> str:
+  """Returns which of `CLASS_NAMES` a piece belongs to, by its text."""
+  word = text.strip()
+  if not text:
+    return "special"
+  if not word:
+    return "whitespace"
+  if word[0].isdigit():
+    return "digit"
+  if word[0].isalpha() or word[0] == "_":
+    return "word_start" if text[0].isspace() else "word_inside"
+  return "punctuation"
 
 
 def load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
-  """Loads `config.data.tokenizer`; raises ConfigError if it is missing, broken or of another size than `vocab_size`."""
+  """Loads `config.data.tokenizer`; raises ConfigError if it is missing, broken or of another size than `vocab_size`.
+
+  A .json file is an imported model's (`imported_tokenizer.py`), any other sentencepiece's.
+  """
   try:
-    tokenizer = Tokenizer(Path(path).expanduser().read_bytes())
+    data = Path(path).expanduser().read_bytes()
+    if path.endswith(".json"):
+      from moe_lab.data.imported_tokenizer import ImportedTokenizer  # which builds on this file
+
+      return ImportedTokenizer(data, vocab_size)
+    tokenizer = Tokenizer(data)
   except OSError as error:
     raise ConfigError("data.tokenizer", path, f"a sentencepiece .model file ({error.strerror})") from None
   except ValueError as error:

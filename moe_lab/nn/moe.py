@@ -67,7 +67,11 @@ class MoE(nn.Module):
       y_TD, dropped = dispatch(x_TD, assignment, weights, backend=backend, capacity=capacity, experts=experts)
     if assignment.identity_T is not None:
       y_TD += assignment.identity_T[:, None].astype(x_TD.dtype) * x_TD
-    if model.num_shared_experts:
+    if model.shared_width:
       # One MLP of the joint width is the same function as so many experts that every token takes.
-      y_TD += MLP(model.num_shared_experts * hidden, self.out_scale, name="shared")(x_TD)
+      shared_TD = MLP(model.shared_width, self.out_scale, name="shared")(x_TD)
+      if model.shared_gate:
+        gate_D = self.param("shared_gate_D", scaled_normal(dim**-0.5), (dim,), jnp.float32)
+        shared_TD *= jax.nn.sigmoid(x_TD.astype(jnp.float32) @ gate_D)[:, None].astype(x_TD.dtype)
+      y_TD += shared_TD
     return y_TD, stats._replace(dropped_sum=dropped)

@@ -181,6 +181,25 @@ def initial_router_state(num_layers: int, num_experts: int) -> RouterState:
   )
 
 
+def stats_without_experts(mask_T: jax.Array, num_experts: int, slots: int) -> RouterStats:
+  """Returns the [1, ...] statistics of a model without experts: one layer, whose tokens take none."""
+  tokens_1 = mask_T.sum(keepdims=True).astype(jnp.float32)
+  zeros_1, zeros_1E = jnp.zeros(1), jnp.zeros((1, num_experts))
+  return RouterStats(
+    token_count=tokens_1,
+    assigned_E=zeros_1E,
+    prob_sum_E=zeros_1E,
+    z_sum=zeros_1,
+    entropy_sum=zeros_1,
+    count_histogram_K1=tokens_1[:, None] * jax.nn.one_hot(0, slots + 1),
+    dropped_sum=zeros_1,
+    count_T=jnp.zeros((1, mask_T.size), jnp.int32),
+    policy=None,
+    sums={},
+    sequences=None,
+  )
+
+
 def collect_stats(
   logits_TE: jax.Array,
   assignment: Assignment,

@@ -91,7 +91,8 @@ def _train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop
   first = hosts.is_first()
   with open_run(workdir, config, fingerprint=data.fingerprint, manifest=data.manifest, argv=argv) as run:
     if first and data.tokenizer is not None:
-      (workdir / "tokenizer.model").write_bytes(data.tokenizer.model)  # so that the run can be used without its data
+      # So that the run can be used without its data.
+      (workdir / data.tokenizer.file_name).write_bytes(data.tokenizer.model)
     with (
       Checkpointer(workdir, config.train.keep_checkpoints) as checkpointer,
       MetricsWriter(workdir) if first else NoWriter() as writer,

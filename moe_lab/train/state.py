@@ -36,8 +36,7 @@ class TrainState(NamedTuple):
 
 def initial_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
   """Returns the state before the first step; deterministic in `config.train.seed`."""
-  num_moe_layers = config.model.num_layers - config.model.num_dense_layers
-  router_state = make_router(config.routing).initial_state(num_moe_layers, config.model.num_experts)
+  router_state = make_router(config.routing).initial_state(config.model.routed_layers, config.model.num_experts)
   token_BL = jnp.zeros((1, 8), jnp.int32)
   variables = Transformer(config).init(
     jax.random.key(config.train.seed), token_BL, token_BL + 1, jnp.full(1, config.routing.budget), router_state

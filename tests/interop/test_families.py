@@ -71,7 +71,8 @@ def test_there_and_back_every_bit_is_the_same(case, runs, tmp_path):
     assert tensor.dtype == after[name].dtype and tensor.tobytes() == after[name].tobytes(), name
   # And transformers makes the same model of it.
   before, after = (json.loads((folder / "config.json").read_text()) for folder in (theirs, tmp_path / "back"))
-  assert {key: after.get(key) for key in before} == before | {"transformers_version": None}
+  before = {key: value for key, value in before.items() if value is not None and key != "transformers_version"}
+  assert {key: after.get(key) for key in before} == before  # what was left open may be filled in
   again = type(peer(case)).from_pretrained(tmp_path / "back")
   with torch.no_grad():
     token = torch.tensor([PROMPT])

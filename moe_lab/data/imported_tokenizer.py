@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 
-from moe_lab.data.tokenizer import CLASS_NAMES, RUN_FILES, Tokenizer, class_of_text
+from moe_lab.data.tokenizer import RUN_FILES, SPACE, Tokenizer, class_of_text
 from moe_lab.errors import UserError
 from moe_lab.interop.extra import need
 
@@ -57,10 +57,9 @@ class ImportedTokenizer(Tokenizer):
     ends = content.pop("moe_lab", None)
     if not isinstance(ends, dict):
       raise ValueError("it does not say which ids begin and end a document: wanted the one that convert makes of it")
+    library = need("tokenizers").Tokenizer
     try:
-      self._library = need("tokenizers").Tokenizer.from_str(json.dumps(content))
-    except UserError:
-      raise
+      self._library = library.from_str(json.dumps(content))
     except Exception as error:  # the library has no type of its own
       raise ValueError(str(error)) from None
     self._library.encode_special_tokens = True  # in a text they are text
@@ -90,7 +89,7 @@ class ImportedTokenizer(Tokenizer):
       elif _is_byte(piece):
         self._bytes.append(bytes([int(piece[3:5], 16)]))
       else:
-        self._bytes.append(piece.replace("\u2581", " ").encode())
+        self._bytes.append(piece.replace(SPACE, " ").encode())
 
   def encode(self, text: str) -> np.ndarray:
     return np.asarray(self._library.encode(text, add_special_tokens=False).ids, np.int32)
@@ -103,11 +102,9 @@ class ImportedTokenizer(Tokenizer):
 
   def _class_name(self, token: int) -> str:
     try:
-      name = class_of_text(self._bytes[token].decode())
+      return class_of_text(self._bytes[token].decode())
     except UnicodeDecodeError:
       return "byte"
-    assert name in CLASS_NAMES
-    return name
 
 
 def _is_byte(piece: str) -> bool:

@@ -45,7 +45,7 @@ _SETTINGS = {
   "eos_id": 3,
 }
 
-_SPACE = "\u2581"  # sentencepiece writes a space so; the character itself must go through byte fallback
+SPACE = "\u2581"  # sentencepiece writes a space so; the character itself must go through byte fallback
 _PROBE = " \tA\u0301\n\n  \ufb01 \u00bd\u3000\u2581\U0001f600 \r\n "  # normalisation would change it
 
 # The library logs what it also raises.
@@ -88,14 +88,14 @@ class Tokenizer:
     if self.pad_id < 0:
       self.pad_id = self.eos_id
     self._bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
-    self._space = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+    self._space = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
     if self.decode(self.encode(_PROBE)) != _PROBE:
       raise ValueError("it changes text: it normalises, puts a space in front, or has no byte fallback")
 
   def encode(self, text: str) -> np.ndarray:
     """Returns int32 [tokens], without begin or end."""
     ids = []
-    for index, part in enumerate(text.split(_SPACE)):
+    for index, part in enumerate(text.split(SPACE)):
       if index:
         ids += self._space
       ids += self._processor.encode(part)
@@ -111,7 +111,7 @@ class Tokenizer:
 
   def piece_texts(self) -> list[str]:
     """Returns V texts to show to people: a piece as it reads, `<0xNN>` for bytes, `<s>` and so on for control ids."""
-    return [self._processor.id_to_piece(i).replace(_SPACE, " ") for i in range(self.vocab_size)]
+    return [self._processor.id_to_piece(i).replace(SPACE, " ") for i in range(self.vocab_size)]
 
   def class_of_token(self) -> np.ndarray:
     """Returns int32 [V]: an index into `class_names` for each id."""
@@ -123,7 +123,7 @@ class Tokenizer:
       return bytes([int(piece[3:5], 16)])
     if self._processor.is_control(token) or self._processor.is_unknown(token):
       return b""
-    return piece.replace(_SPACE, " ").encode("utf-8")
+    return piece.replace(SPACE, " ").encode("utf-8")
 
   def _class_name(self, token: int) -> str:
     if self._processor.is_byte(token):

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import einops
 import numpy as np
@@ -162,26 +162,6 @@ def tensors(rows: Iterable[Row], params: Mapping[str, np.ndarray]) -> Iterator[t
   """Yields every tensor of a model, float32, with its place; `params` are by path. Raises as `places`."""
   for place in places(rows, {path: np.shape(param) for path, param in params.items()}):
     yield place, place.outward(np.asarray(params[place.path])[place.index])
-
-
-def flatten(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-  """Returns the leaves of nested dictionaries by path."""
-  flat = {}
-  for name, value in tree.items():
-    flat |= flatten(value, f"{above}{name}/") if isinstance(value, Mapping) else {above + name: value}
-  return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the nested dictionaries that `flatten` took apart."""
-  tree: dict[str, Any] = {}
-  for path, value in flat.items():
-    *above, name = path.split("/")
-    node = tree
-    for part in above:
-      node = node.setdefault(part, {})
-    node[name] = value
-  return tree
 
 
 def _groups(side: str) -> list[list[str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from moe_lab.data.tokenizer import RUN_FILES, load_tokenizer
 from moe_lab.errors import UserError, did_you_mean
@@ -18,14 +19,12 @@ from moe_lab.interop.hf.families import FAMILIES
 from moe_lab.interop.hf.files import DTYPES, Safetensors, read_json, write
 from moe_lab.interop.own import export as own
 from moe_lab.interop.own import tokenizer as own_tokenizer
-from moe_lab.interop.tensors import flatten, places, read_params, tensors, unflatten
+from moe_lab.interop.tensors import places, read_params, tensors
 from moe_lab.io.checkpoint import Checkpointer
 from moe_lab.io.run import load_run, open_run
-from moe_lab.routing.budget import initial_budget_state
-from moe_lab.routing.registry import make_router
 from moe_lab.train.load import LoadedModel, load_model
 from moe_lab.train.optimizer import make_optimizer
-from moe_lab.train.state import TrainState, abstract_state
+from moe_lab.train.state import abstract_state, state_of
 
 CARRIED = "imported"  # the folder of a run with the files that came with its checkpoint
 
@@ -50,7 +49,7 @@ def import_checkpoint(source: Path, workdir: Path, argv: list[str]) -> dict:
   if found.tokenizer is not None:
     data = dataclasses.replace(config.data, tokenizer=str(workdir.absolute() / found.tokenizer.file_name))
     config = dataclasses.replace(config, data=data)
-  shapes = {path: leaf.shape for path, leaf in flatten(abstract_state(config).params).items()}
+  shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_state(config).params, sep="/").items()}
   params = read_params(found.rows, shapes, found.reader, found.needless)
   record = {
     "family": found.family,
@@ -60,15 +59,7 @@ def import_checkpoint(source: Path, workdir: Path, argv: list[str]) -> dict:
   }
   for path in params:  # one by one, so that there is never a second copy of all
     params[path] = jnp.asarray(params[path])
-  params = unflatten(params)
-  state = TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    opt_state=make_optimizer(config.train).init(params),
-    router_state=make_router(config.routing).initial_state(config.model.routed_layers, config.model.num_experts),
-    budget_state=initial_budget_state(config.routing),
-    skipped_in_a_row=jnp.zeros((), jnp.int32),
-  )
+  state = state_of(config, unflatten_dict(params, sep="/"), make_optimizer(config.train))
   fingerprint = found.tokenizer.fingerprint if found.tokenizer is not None else ""
   files = [{"name": path.name, "bytes": path.stat().st_size} for path in found.reader.files]
   with open_run(workdir, config, fingerprint=fingerprint, manifest=[], argv=argv) as run:
@@ -107,7 +98,7 @@ def export_run(workdir: Path, folder: Path, *, family: str | None, dtype: str | 
   imported = info.get("imported", {})
   original = read_json(workdir / CARRIED / "config.json") if imported else {}
   loaded = load_model(workdir, step)
-  params = {path: np.asarray(leaf) for path, leaf in flatten(loaded.params).items()}
+  params = {path: np.asarray(leaf) for path, leaf in flatten_dict(loaded.params, sep="/").items()}
   known = (*FAMILIES, own.MODEL_TYPE)
   if family is not None and family not in known:
     raise UserError(f"--family={family}: wanted one of {', '.join(known)}{did_you_mean(family, known)}")

@@ -36,19 +36,27 @@ class TrainState(NamedTuple):
 
 def initial_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
   """Returns the state before the first step; deterministic in `config.train.seed`."""
-  router_state = make_router(config.routing).initial_state(config.model.routed_layers, config.model.num_experts)
   token_BL = jnp.zeros((1, 8), jnp.int32)
   variables = Transformer(config).init(
-    jax.random.key(config.train.seed), token_BL, token_BL + 1, jnp.full(1, config.routing.budget), router_state
+    jax.random.key(config.train.seed), token_BL, token_BL + 1, jnp.full(1, config.routing.budget), _router_state(config)
   )
+  return state_of(config, variables["params"], optimizer)
+
+
+def state_of(config: Config, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+  """Returns the state before the first step of a model with these parameters."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
-    params=variables["params"],
-    opt_state=optimizer.init(variables["params"]),
-    router_state=router_state,
+    params=params,
+    opt_state=optimizer.init(params),
+    router_state=_router_state(config),
     budget_state=initial_budget_state(config.routing),
     skipped_in_a_row=jnp.zeros((), jnp.int32),
   )
+
+
+def _router_state(config: Config) -> RouterState:
+  return make_router(config.routing).initial_state(config.model.routed_layers, config.model.num_experts)
 
 
 def abstract_state(config: Config) -> TrainState:

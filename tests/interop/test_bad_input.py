@@ -8,12 +8,13 @@ import pytest
 pytest.importorskip("safetensors")
 
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 
 from experiments import convert as program
 from moe_lab.errors import UserError
 from moe_lab.interop.hf.config import to_config
 from moe_lab.interop.hf.families import FAMILIES
-from moe_lab.interop.tensors import flatten, places
+from moe_lab.interop.tensors import places
 from moe_lab.train.convert import import_checkpoint
 from moe_lab.train.state import abstract_state
 
@@ -29,7 +30,7 @@ MOE = RAW | dict(
 
 
 def tensors_of(raw):
-  shapes = {path: leaf.shape for path, leaf in flatten(abstract_state(to_config(raw, "")).params).items()}
+  shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_state(to_config(raw, "")).params, sep="/").items()}
   return {place.name: np.zeros(place.shape, np.float32) for place in places(FAMILIES[raw["model_type"]].rows, shapes)}
 
 

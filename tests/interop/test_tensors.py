@@ -4,9 +4,10 @@ import weakref
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from moe_lab.errors import UserError
-from moe_lab.interop.tensors import Row, flatten, places, read_params, tensors, unflatten
+from moe_lab.interop.tensors import Row, places, read_params, tensors
 
 ROWS = (
   Row("emb", "embedding_VD", "V D -> V D"),
@@ -107,7 +108,8 @@ def test_a_parameter_without_a_name_is_a_line():
 
 def test_flattened_and_built_again():
   tree = {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
-  assert flatten(tree) == {"a": 1, "b/c": 2, "b/d/e": 3} and unflatten(flatten(tree)) == tree
+  flat = flatten_dict(tree, sep="/")
+  assert flat == {"a": 1, "b/c": 2, "b/d/e": 3} and unflatten_dict(flat, sep="/") == tree
 
 
 def test_one_tensor_at_a_time_is_in_memory():

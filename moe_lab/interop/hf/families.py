@@ -34,17 +34,14 @@ _NORM_OF_ALL_HEADS = (
   Row(f"{_LAYER}.self_attn.q_norm.weight", "layers/attention/query_norm/gain_NH", "(N H) -> N H"),
   Row(f"{_LAYER}.self_attn.k_norm.weight", "layers/attention/key_norm/gain_MH", "(M H) -> M H"),
 )
-_MLP = (
-  Row(f"{_LAYER}.mlp.gate_proj.weight", "layers/mlp/gate_DF", "F D -> D F"),
-  Row(f"{_LAYER}.mlp.up_proj.weight", "layers/mlp/up_DF", "F D -> D F"),
-  Row(f"{_LAYER}.mlp.down_proj.weight", "layers/mlp/down_FD", "D F -> F D"),
-)
-_SHARED = (
-  Row(f"{_LAYER}.mlp.shared_expert.gate_proj.weight", "layers/moe/shared/gate_DF", "F D -> D F"),
-  Row(f"{_LAYER}.mlp.shared_expert.up_proj.weight", "layers/moe/shared/up_DF", "F D -> D F"),
-  Row(f"{_LAYER}.mlp.shared_expert.down_proj.weight", "layers/moe/shared/down_FD", "D F -> F D"),
-  Row(f"{_LAYER}.mlp.shared_expert_gate.weight", "layers/moe/shared_gate_D", "1 D -> D"),
-)
+
+
+def _mlp(block: str, path: str) -> tuple[Row, ...]:
+  return (
+    Row(f"{_LAYER}.{block}.gate_proj.weight", f"layers/{path}/gate_DF", "F D -> D F"),
+    Row(f"{_LAYER}.{block}.up_proj.weight", f"layers/{path}/up_DF", "F D -> D F"),
+    Row(f"{_LAYER}.{block}.down_proj.weight", f"layers/{path}/down_FD", "D F -> F D"),
+  )
 
 
 def _experts(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
@@ -81,6 +78,11 @@ class Family:
 _DENSE = {"intermediate_size": "model.dense_dim"}
 _SPARSE = {"num_experts": "model.num_experts", "num_experts_per_tok": "routing.k"}
 _QWEN = _SPARSE | _DENSE | {"moe_intermediate_size": "model.expert_dim"}
+_MLP = _mlp("mlp", "mlp")
+_SHARED = (
+  *_mlp("mlp.shared_expert", "moe/shared"),
+  Row(f"{_LAYER}.mlp.shared_expert_gate.weight", "layers/moe/shared_gate_D", "1 D -> D"),
+)
 _EXPERTS = _experts("mlp", "gate_proj", "up_proj", "down_proj")
 _NO_NORM = {"model.qk_norm": False}
 _FREE_NORM = {"model.qk_norm": True, "model.qk_bound": 0.0}  # the gains are as they come

@@ -2,9 +2,7 @@
 
 import json
 
-from moe_lab.data.tokenizer import Tokenizer
-
-_SPACE = "\u2581"
+from moe_lab.data.tokenizer import SPACE, Tokenizer
 
 
 def files(tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -14,7 +12,7 @@ def files(tokenizer: Tokenizer) -> dict[str, bytes]:
   make each. A text begins with the token that begins a document, as our models were trained.
   """
   texts = tokenizer.piece_texts()
-  pieces = [text.replace(" ", _SPACE) for text in texts]
+  pieces = [text.replace(" ", SPACE) for text in texts]
   ids = {piece: token for token, piece in enumerate(pieces)}
   control = [token for token, size in enumerate(tokenizer.bytes_per_token()) if size == 0]
   merges = []
@@ -28,7 +26,7 @@ def files(tokenizer: Tokenizer) -> dict[str, bytes]:
   content = {
     "version": "1.0", "truncation": None, "padding": None,
     "added_tokens": [{"id": token, "content": pieces[token]} | plain for token in control],
-    "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+    "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
     "pre_tokenizer": None,
     "post_processor": {
       "type": "TemplateProcessing",
@@ -39,7 +37,7 @@ def files(tokenizer: Tokenizer) -> dict[str, bytes]:
     "decoder": {
       "type": "Sequence",
       "decoders": [
-        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
       ],
     },
     "model": {

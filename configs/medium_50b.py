@@ -5,7 +5,7 @@
 
 The argument is the context:
 
-  128k  131,072 tokens, one sequence at a time, its tokens spread over all chips (the default)
+  128k  131,072 tokens, eight sequences at a time, each spread over all chips along `fsdp` (the default)
   8k    8,192 tokens, for the bulk of training
 
 A token takes 1 to 8 of a layer's 32 experts, as the policy decides, and three on average: 6.4 B active parameters.
@@ -48,7 +48,7 @@ def get_config(arg=None):
   if context == "128k":
     config.data.seq_len = 131_072
     config.train.batch_size = 16  # 2 M tokens
-    config.train.accumulate = 16  # one sequence at a time: eight at once are not spread over all chips
+    config.train.accumulate = 2  # eight at a time, one for each along `expert`; all weights are fetched each time
   else:
     config.data.seq_len = 8192
     config.train.batch_size = 256

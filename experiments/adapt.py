@@ -51,9 +51,10 @@ def _quantised(base, config: Config, workdir: Path) -> dict:
   from moe_lab.adapt.quantise import calibrated
   from moe_lab.data.loader import open_data
   from moe_lab.train.adapted import calibration_batches, drift
-  from moe_lab.train.base import check_new, check_tokens, write_run
+  from moe_lab.train.base import check_new, check_readable, check_tokens, write_run
 
   check_new(workdir)
+  check_readable(base)
   data = open_data(config.data, program.cache_dir())
   check_tokens(base, config, data.fingerprint)
   state, batches = base.state, calibration_batches(data, config)
@@ -64,18 +65,16 @@ def _quantised(base, config: Config, workdir: Path) -> dict:
 
 
 def _merged(base, config: Config, workdir: Path) -> dict:
-  from moe_lab.adapt.lora import merged
-  from moe_lab.adapt.quantise import plain
   from moe_lab.adapt.tensors import tensors
   from moe_lab.train.adapter import read_adapter, with_adapter
   from moe_lab.train.base import check_new, write_run
-  from moe_lab.train.state import abstract_plain_params
+  from moe_lab.train.state import plain_params
 
   check_new(workdir)
   params = base.state.params
   if FLAGS.adapter:
     params = with_adapter(params, read_adapter(Path(FLAGS.adapter).expanduser()))
-  params = merged(plain(params, tensors(abstract_plain_params(config))))
+  params = plain_params(params, config)
   report = {"parameters": sum(leaf.size for leaf in tensors(params).values())}
   write_run(workdir, config, base, params, base.manifest, sys.argv, report)
   return report

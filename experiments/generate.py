@@ -76,16 +76,17 @@ class _Model:
   """A loaded run that answers."""
 
   def __init__(self, workdir: Path):
-    from moe_lab.data.tokenizer import load_tokenizer
+    from moe_lab.data.tokenizer import RUN_FILES, load_tokenizer
     from moe_lab.train.load import load_model
 
     self.loaded = load_model(workdir, FLAGS.step, FLAGS.budget)
-    path = workdir / "tokenizer.model"
-    if not path.exists():
+    found = [path for name in RUN_FILES if (path := workdir / name).exists()]
+    if not found:
       raise UserError(
-        f"{workdir} has no tokenizer.model: it was trained on a synthetic task, which has no text to generate"
+        f"{workdir} has no {RUN_FILES[0]}: it was trained on a synthetic task, or imported without a tokenizer, "
+        "and has no text to generate"
       )
-    self.tokenizer = load_tokenizer(str(path), self.loaded.config.data.vocab_size)
+    self.tokenizer = load_tokenizer(str(found[0]), self.loaded.config.data.vocab_size)
     self.loaded.check_fingerprint(self.tokenizer.fingerprint)
     self.routing = self.loaded.config.routing
 

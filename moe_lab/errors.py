@@ -5,6 +5,7 @@ The programs catch `UserError`, print its message on stderr and leave with its
 """
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 PREEMPTED = 75  # exit code after SIGTERM (EX_TEMPFAIL): saved, safe to start again
@@ -43,3 +44,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
   """Returns " (did you mean 'x'?)" for the nearest of `known`, or ""."""
   near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
   return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def require(package: str, wanted_by: str, extra: str) -> None:
+  """Raises UserError if a package of an extra is not installed; `wanted_by` is what the user asked for."""
+  if importlib.util.find_spec(package) is None:
+    raise UserError(f"{wanted_by} wants {package}, of the extra `{extra}` of this package: pip install -e '.[{extra}]'")

@@ -12,6 +12,7 @@ is the JSON result.
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
@@ -21,7 +22,7 @@ from moe_lab.errors import UserError, did_you_mean
 
 CONFIG = Path(__file__).parents[2] / "configs/retrieval.py"
 ARMS = ("modified", "plain", "rotary")
-LENGTHS = {1024: 64, 2048: 64, 4096: 64, 8192: 24, 16_384: 12}  # tokens of a row, and how many rows
+LENGTHS = {1024: 64, 2048: 32, 4096: 32, 8192: 12, 16_384: 8}  # tokens of a row, and how many rows
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds to train.", flag_values=FLAGS)
@@ -38,7 +39,9 @@ def main(workdir: Path) -> dict:
   from moe_lab.config.load import load
   from moe_lab.config.resolve import resolve
   from moe_lab.io.files import dump_json, write_text
+  from moe_lab.launch.local import stop_of
   from moe_lab.train.loop import train
+  from moe_lab.train.signals import Preemption
 
   for arm in FLAGS.arms:
     if arm not in ARMS:
@@ -48,14 +51,15 @@ def main(workdir: Path) -> dict:
     raise UserError(f"--longest={FLAGS.longest}: wanted at least {min(LENGTHS)}, the trained length")
   configs = {arm: resolve(load(f"{CONFIG}:{arm}")) for arm in FLAGS.arms}
   runs = []
-  for arm, config in configs.items():
-    for seed in seeds:
-      folder = workdir / f"{arm}-{seed}"
-      seeded = config.with_seed(seed)
-      trained = train(seeded, folder, program.cache_dir(), sys.argv)
-      runs.append({"arm": arm, "seed": seed, "val_loss": trained["val_loss"], "asked": _asked(folder)})
-      for one in runs[-1]["asked"]:
-        print(f"{arm} {seed}: {_in_words(one)}", file=sys.stderr, flush=True)
+  with Preemption() as preemption:
+    stop = stop_of(preemption)
+    for arm, config in configs.items():
+      for seed in seeds:
+        folder = workdir / f"{arm}-{seed}"
+        trained = train(config.with_seed(seed), folder, program.cache_dir(), sys.argv)
+        runs.append({"arm": arm, "seed": seed, "val_loss": trained["val_loss"], "asked": _asked(folder, stop)})
+        for one in runs[-1]["asked"]:
+          print(f"{arm} {seed}: {_in_words(one)}", file=sys.stderr, flush=True)
   study = {"split": FLAGS.split, "runs": runs, "summary": _summary(runs)}
   write_text(workdir / "study.json", dump_json(study, indent=1) + "\n")
   write_text(
@@ -66,26 +70,35 @@ def main(workdir: Path) -> dict:
   return {"split": FLAGS.split, "summary": study["summary"], "workdir": workdir}
 
 
-def _asked(folder: Path) -> list[dict]:
-  """Returns the answers of one run by length and way; what is kept in the folder is not asked again."""
-  from experiments.retrieval.answers import WAYS, answered
+def _asked(folder: Path, stop: Callable[[], None]) -> list[dict]:
+  """Returns the answers of one run by length and way; what is kept in the folder is not asked again.
+
+  `stop` is called before each question, and leaves after SIGTERM.
+  """
+  from experiments.retrieval.answers import WAYS, answered, longer
   from moe_lab.io.files import dump_json, write_text
   from moe_lab.train.load import load_model
 
   loaded = load_model(folder)
+  trained_length = loaded.config.data.seq_len
   kept = folder / f"answers-{FLAGS.split}.json"
   found = json.loads(kept.read_text()) if kept.is_file() else []
-  done = {(one["step"], one["length"], one["rows"], one["way"]) for one in found}
-  for length, rows in LENGTHS.items():
-    if length > FLAGS.longest:
-      continue
-    for way in WAYS[:1] if length == loaded.config.data.seq_len else WAYS:  # there all are the same
-      if (key := (loaded.step, length, rows, way)) in done:
-        continue
-      right = answered(loaded, program.cache_dir(), length, rows, way, FLAGS.split)
-      found.append(dict(zip(("step", "length", "rows", "way"), key, strict=True)) | right)
-      write_text(kept, dump_json(found, indent=1) + "\n")
-  return [one for one in found if one["step"] == loaded.step and one["length"] <= FLAGS.longest]
+  by_key = {(one["step"], one["length"], one["rows"], one["way"]): one for one in found}
+  keys = [
+    (loaded.step, length, rows, way)
+    for length, rows in LENGTHS.items()
+    for way in WAYS
+    # What changes nothing, as interpolation at the trained length, is asked once.
+    if way == WAYS[0] or longer(loaded.config.model, way, trained_length, length) != loaded.config.model
+    if length <= FLAGS.longest
+  ]
+  for key in keys:
+    if key not in by_key:
+      stop()
+      right = answered(loaded, program.cache_dir(), *key[1:], FLAGS.split)
+      by_key[key] = dict(zip(("step", "length", "rows", "way"), key, strict=True)) | right
+      write_text(kept, dump_json(list(by_key.values()), indent=1) + "\n")
+  return [by_key[key] for key in keys]
 
 
 def _in_words(one: dict) -> str:
@@ -94,13 +107,17 @@ def _in_words(one: dict) -> str:
 
 
 def _summary(runs: list[dict]) -> list[dict]:
-  """Returns accuracy by arm, way and length: of each seed, and their mean. At the trained length all ways are one."""
+  """Returns accuracy by arm, way and length: of each seed, and their mean.
+
+  At the trained length nothing is interpolated.
+  """
   from experiments.retrieval.answers import WAYS
 
   found: dict[tuple, dict] = {}
   for run in runs:
     for one in run["asked"]:
-      for way in WAYS if one["length"] == min(LENGTHS) else (one["way"],):
+      both = one["length"] == min(LENGTHS) and one["way"] == WAYS[0]
+      for way in WAYS[:2] if both else (one["way"],):
         key = (run["arm"], way, one["length"])
         entry = found.setdefault(key, dict(zip(("arm", "way", "length"), key, strict=True)) | {"by_seed": {}})
         entry["by_seed"][str(run["seed"])] = {

@@ -65,12 +65,14 @@ def _quantised(base: Config, config: Config, folder: Path) -> Config:
   if config.adapt.lora_rank:
     raise ConfigError("adapt.lora_rank", config.adapt.lora_rank, "0 with --mode=quantise")
   book = DEFAULT_BOOK if config.adapt.weights == "float32" else config.adapt.weights
-  return dataclasses.replace(config, adapt=AdaptConfig(weights=book))
+  return dataclasses.replace(config, adapt=AdaptConfig(weights=book), data=_data(base, config, folder))
 
 
 def _data(base: Config, config: Config, folder: Path):
-  """Returns the new run's data: other sources are read as the base's tokens."""
-  tokenizer = folder.absolute() / "tokenizer.model"
-  if config.data.sources == base.data.sources or config.data.tokenizer or not tokenizer.is_file():
+  """Returns the new run's data: other sources are read as the base's tokens, by the tokenizer in its folder."""
+  found = sorted(folder.absolute().glob("tokenizer.*"))
+  if config.data.tokenizer != base.data.tokenizer or not found:
     return config.data
-  return dataclasses.replace(config.data, tokenizer=str(tokenizer))
+  if config.data.sources == base.data.sources and not base.data.tokenizer:
+    return config.data
+  return dataclasses.replace(config.data, tokenizer=str(found[0]))

@@ -12,19 +12,9 @@ from moe_lab.config.mesh import MeshConfig
 from moe_lab.errors import ConfigError
 
 METHODS = (
-  "dynamic",
-  "topk",
-  "random_k",
-  "top_p",
-  "top_p_pi",
-  "null_experts",
-  "learned_threshold",
-  "relu",
-  "expert_threshold",
-  "entropy_rule",
-  "expert_choice",
-  "sequence_topk",
-)
+  "dynamic", "topk", "random_k", "top_p", "top_p_pi", "null_experts", "learned_threshold", "relu", "expert_threshold",
+  "entropy_rule", "expert_choice", "sequence_topk",
+)  # fmt: skip
 _TWO_ROLLOUTS = ("leave_one_out", "greedy")  # baselines that are a second rollout
 _MAY_TAKE_NONE = ("null_experts", "relu", "expert_threshold", "expert_choice", "sequence_topk")
 # Methods whose gates are a choice; the others' are part of them.
@@ -41,55 +31,56 @@ class ModelConfig:
 
   dim: int = 128  # D
   num_layers: int = 4  # Z, dense ones included
-  num_dense_layers: int = 0  # of these, how many (from the bottom) have a dense MLP
+  num_dense_layers: int = 0  # of these, how many (from the bottom) have a dense MLP; all of them: no experts at all
   num_heads: int = 4  # N
   num_kv_heads: int = 2  # M; must divide num_heads
   head_dim: int = 32  # H
   num_experts: int = 16  # E
   expert_dim: int = 128  # F, hidden width of one expert
   num_shared_experts: int = 0  # experts of width F that every token takes (DeepSeekMoE, arXiv 2401.06066)
+  shared_dim: int = 0  # instead: the joint width of what every token takes, where it is no multiple of F
+  shared_gate: bool = False  # its output is weighted by a sigmoid of the token (Qwen1.5-MoE)
   dense_dim: int = 512  # hidden width of the dense layers' MLP
   position: str = "alibi"  # alibi (slopes per KV group) | rotary
   num_global_groups: int = 1  # with alibi: how many KV groups have slope 0 and see everything
   rotary_base: float = 10_000.0
+  # (factor, low, high, length): rotary wavelengths above length / low become so many times longer, those below
+  # length / high stay, between the two it blends (Llama 3.1, arXiv 2407.21783); () is off.
+  rotary_stretch: tuple[float, ...] = ()
   # Distances count as so many times shorter, so that a longer context looks as long as the trained one did: slopes and
   # rotary positions are divided by it, and windows grow with it (position interpolation, arXiv 2306.15595).
   position_interpolation: float = 1.0
-  # From so many tokens on, the trained length, logits of groups without a slope grow by the logarithm of the position,
-  # or their softmax thins out over ever more keys (scalable softmax, arXiv 2501.19399, only beyond training). 0: never.
+  # From so many tokens on, logits of groups without a slope grow by the logarithm of the position, or their softmax
+  # thins out over more keys than were trained with (scalable softmax, arXiv 2501.19399, after training). 0: never.
   sharpen_from: int = 0
-  qk_norm: bool = True  # RMS-normalise queries and keys per head
-  qk_bound: float = 8.0  # S: with qk_norm, |q.k| / sqrt(H) never exceeds this
+  qk_norm: bool = True  # RMS-normalise queries and keys
+  qk_norm_over: str = "head"  # head | all (a token's heads together: OLMoE; only with qk_bound 0)
+  qk_bound: float = 8.0  # S: with qk_norm, |q.k| / sqrt(H) never exceeds this; 0: no bound, and so no windows
+  qkv_bias: bool = False  # of the projections to queries, keys and values
+  norm_epsilon: float = 1e-6  # added to the mean square that an RMSNorm divides by
   tie_embeddings: bool = False
+  scale_embeddings: bool = True  # input embeddings are multiplied by sqrt(D)
   dtype: str = "float32"  # of activations: float32 | bfloat16; parameters stay float32
-  attention_backend: str = (
-    # flash: one document a row.
-    "auto"  # auto | reference | blocked (XLA) | native (CPU kernel, built at first use) | tpu (kernel) | flash (GPU)
-  )
+  # auto | reference | blocked (XLA) | native (CPU kernel, built at first use) | tpu (kernel) | flash (GPU, one
+  # document a row)
+  attention_backend: str = "auto"
   attention_block: int = 64  # rows of a block of the blocked back end
   dispatch: str = "auto"  # auto | dense | capacity | ragged
-  grouped_matmul: str = (
-    # Of ragged dispatch; auto takes native on CPU where it can be built.
-    "auto"  # auto | native (CPU kernel) | tiles (CPU by XLA) | ragged_dot (XLA) | tokamax (kernels, GPU and TPU)
-  )
+  # Of ragged dispatch: auto (native on CPU where it can be built) | native (CPU kernel) | tiles (CPU by XLA) |
+  # ragged_dot (XLA) | tokamax (kernels, GPU and TPU)
+  grouped_matmul: str = "auto"
   capacity_factor: float = 1.25  # rows per expert over the mean load; capacity dispatch only
   remat: str = "none"  # what a layer's backward pass computes again: none | dots (all but matrix products) | full
 
   def __post_init__(self):
     for name in (
-      "dim",
-      "num_layers",
-      "num_heads",
-      "num_kv_heads",
-      "head_dim",
-      "num_experts",
-      "expert_dim",
-      "dense_dim",
+      "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "num_experts", "expert_dim", "dense_dim",
       "attention_block",
-    ):
+    ):  # fmt: skip
       check_range(f"model.{name}", getattr(self, name), 1)
-    check_range("model.num_dense_layers", self.num_dense_layers, 0, self.num_layers - 1)
+    check_range("model.num_dense_layers", self.num_dense_layers, 0, self.num_layers)
     check_range("model.num_shared_experts", self.num_shared_experts, 0)
+    check_range("model.shared_dim", self.shared_dim, 0, 0 if self.num_shared_experts else float("inf"))
     if self.num_heads % self.num_kv_heads:
       raise ConfigError("model.num_kv_heads", self.num_kv_heads, f"a divisor of model.num_heads = {self.num_heads}")
     check_choice("model.position", self.position, ("alibi", "rotary"))
@@ -97,10 +88,14 @@ class ModelConfig:
       raise ConfigError("model.head_dim", self.head_dim, "an even number, since model.position is rotary")
     check_range("model.num_global_groups", self.num_global_groups, 0, self.num_kv_heads)
     check_range("model.rotary_base", self.rotary_base, 1, open_low=True)
+    if self.rotary_stretch:
+      self._check_rotary_stretch()
     check_range("model.position_interpolation", self.position_interpolation, 0, open_low=True)
     if self.sharpen_from:
       check_range("model.sharpen_from", self.sharpen_from, 2)
-    check_range("model.qk_bound", self.qk_bound, 0, open_low=True)
+    check_choice("model.qk_norm_over", self.qk_norm_over, ("head", "all"))
+    check_range("model.qk_bound", self.qk_bound, 0, 0 if self.qk_norm_over == "all" else float("inf"))
+    check_range("model.norm_epsilon", self.norm_epsilon, 0, 1)
     check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
     backends = ("auto", "reference", "blocked", "native", "tpu", "flash")
     check_choice("model.attention_backend", self.attention_backend, backends)
@@ -108,6 +103,22 @@ class ModelConfig:
     check_range("model.capacity_factor", self.capacity_factor, 0, open_low=True)
     check_choice("model.grouped_matmul", self.grouped_matmul, ("auto", "native", "tiles", "ragged_dot", "tokamax"))
     check_choice("model.remat", self.remat, ("none", "dots", "full"))
+
+  def _check_rotary_stretch(self) -> None:
+    if len(self.rotary_stretch) != 4 or not 0 < self.rotary_stretch[1] < self.rotary_stretch[2]:
+      raise ConfigError("model.rotary_stretch", self.rotary_stretch, "(factor, low, high, length), low < high; or ()")
+    for value in self.rotary_stretch:
+      check_range("model.rotary_stretch", value, 0, open_low=True)
+
+  @property
+  def routed_layers(self) -> int:
+    """Layers that there are statistics and a router's state of; one, which takes no expert, if all are dense."""
+    return max(self.num_layers - self.num_dense_layers, 1)
+
+  @property
+  def shared_width(self) -> int:
+    """Hidden width of the MLP that every token takes beside its experts; 0: none."""
+    return self.shared_dim or self.num_shared_experts * self.expert_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,18 +298,16 @@ class RoutingConfig:
 class DataConfig:
   """What the model reads.
 
-  A source is `stdlib` (the Python standard library's source and docs),
-  `package:NAME` (the text files of an installed package), `text:PATH`,
-  `jsonl:PATH` (a "text" field a line), `chat:PATH` (JSON lines of "messages",
-  of which only the answers count), `array_record:PATH`, or `synthetic:TASK`.
-  PATH is a file, a folder or a glob. Synthetic tasks do not
-  mix with text.
+  A source is `stdlib` (the Python standard library's source and docs), `package:NAME` (the text files of an installed
+  package), `text:PATH`, `jsonl:PATH` (a "text" field a line), `chat:PATH` (JSON lines of "messages", of which only the
+  answers count), `array_record:PATH`, or `synthetic:TASK`, which does not mix with text. PATH is a file, a folder or a
+  glob.
   """
 
   sources: tuple[str, ...] = ("stdlib",)
   weights: tuple[float, ...] = ()  # mixing weights, one a source; empty: by number of documents
   vocab_size: int = 2048  # V
-  tokenizer: str = ""  # a sentencepiece .model file; empty: train one on the training split, cached
+  tokenizer: str = ""  # a sentencepiece .model file, or a .json; empty: train one on the training split, cached
   seq_len: int = 256  # L
   validation_share: float = 0.05  # of the documents, chosen by a hash of their text
   test_share: float = 0.05
@@ -350,16 +359,9 @@ class TrainConfig:
 
   def __post_init__(self):
     for name in (
-      "steps",
-      "batch_size",
-      "accumulate",
-      "log_every",
-      "eval_every",
-      "eval_batches",
-      "checkpoint_every",
-      "keep_checkpoints",
-      "max_skipped",
-    ):
+      "steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_batches", "checkpoint_every",
+      "keep_checkpoints", "max_skipped",
+    ):  # fmt: skip
       check_range(f"train.{name}", getattr(self, name), 1)
     if self.batch_size % self.accumulate:
       raise ConfigError("train.accumulate", self.accumulate, f"a divisor of train.batch_size = {self.batch_size}")
@@ -393,6 +395,8 @@ class Config:
     slots_field = "routing.k" if self.routing.fixed else "routing.k_max"
     if self.routing.slots > self.model.num_experts:
       raise ConfigError(slots_field, self.routing.slots, f"at most model.num_experts = {self.model.num_experts}")
+    if self.model.num_dense_layers == self.model.num_layers and not self.routing.fixed:
+      raise ConfigError("routing.method", self.routing.method, "topk, since all of model.num_layers are dense")
     if self.routing.expert_dropout > 0:
       left = int(self.model.num_experts * (1 - self.routing.expert_dropout))
       if left < self.routing.slots:
@@ -412,19 +416,15 @@ class Config:
       if self.routing.expert_dropout > 0:
         # Dropped experts could leave a token's groups with too few.
         raise ConfigError("routing.expert_dropout", self.routing.expert_dropout, "0 with routing.expert_groups")
-    if self.routing.freezes_model and self.adapt != AdaptConfig():
-      # After its warm-up that learner trains nothing but its own heads.
+    if self.routing.freezes_model and self.adapt != AdaptConfig():  # it trains nothing but its own heads
       raise ConfigError("routing.learner", self.routing.learner, "another learner, where a trained model is adapted")
     if self.routing.freezes_model and self.train.accumulate > 1:
       raise ConfigError("train.accumulate", self.train.accumulate, "1, since routing.learner is ppo")
     if self.routing.two_rollouts:
       rows = self.train.batch_size // self.train.accumulate
       if round(rows * self.routing.second_rollouts) < 1:
-        raise ConfigError(
-          "routing.second_rollouts",
-          self.routing.second_rollouts,
-          f"at least one sequence of the {rows} in a micro-batch (>= {1 / rows:.3g})",
-        )
+        wanted = f"at least one sequence of the {rows} in a micro-batch (>= {1 / rows:.3g})"
+        raise ConfigError("routing.second_rollouts", self.routing.second_rollouts, wanted)
     self._check_mesh()
 
   def _check_mesh(self) -> None:

@@ -23,6 +23,8 @@ from moe_lab.io.hosts import first_ahead
 # Classes of tokens, by what the piece alone shows. 0 is also the class of padding.
 CLASS_NAMES = ("special", "whitespace", "word_start", "word_inside", "digit", "punctuation", "byte")
 
+RUN_FILES = ("tokenizer.model", "tokenizer.json")  # what a run calls its tokenizer: sentencepiece's, an imported one
+
 SAMPLE_CHARACTERS = 4_000_000  # of training text that a tokenizer is trained on
 
 # One thread and no sampling of its own: the model's bytes are then a function of the text.
@@ -43,7 +45,7 @@ _SETTINGS = {
   "eos_id": 3,
 }
 
-_SPACE = "\u2581"  # sentencepiece writes a space so; the character itself must go through byte fallback
+SPACE = "\u2581"  # sentencepiece writes a space so; the character itself must go through byte fallback
 _PROBE = " \tA\u0301\n\n  \ufb01 \u00bd\u3000\u2581\U0001f600 \r\n "  # normalisation would change it
 
 # The library logs what it also raises.
@@ -56,11 +58,13 @@ class Tokenizer:
   Attributes:
     vocab_size: V.
     bos_id, eos_id, pad_id: control ids; none of them is ever part of `encode`'s result.
+    model: its serialised bytes, which a run keeps as its file `file_name`.
     fingerprint: SHA-256 of the model's bytes, in hex.
     class_names: names for the values of `class_of_token`.
   """
 
   class_names = CLASS_NAMES
+  file_name = RUN_FILES[0]
 
   def __init__(self, model: bytes):
     """Loads a serialised model; raises ValueError if it is not one, or cannot return every text unchanged."""
@@ -84,14 +88,14 @@ class Tokenizer:
     if self.pad_id < 0:
       self.pad_id = self.eos_id
     self._bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
-    self._space = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+    self._space = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
     if self.decode(self.encode(_PROBE)) != _PROBE:
       raise ValueError("it changes text: it normalises, puts a space in front, or has no byte fallback")
 
   def encode(self, text: str) -> np.ndarray:
     """Returns int32 [tokens], without begin or end."""
     ids = []
-    for index, part in enumerate(text.split(_SPACE)):
+    for index, part in enumerate(text.split(SPACE)):
       if index:
         ids += self._space
       ids += self._processor.encode(part)
@@ -107,7 +111,7 @@ class Tokenizer:
 
   def piece_texts(self) -> list[str]:
     """Returns V texts to show to people: a piece as it reads, `<0xNN>` for bytes, `<s>` and so on for control ids."""
-    return [self._processor.id_to_piece(i).replace(_SPACE, " ") for i in range(self.vocab_size)]
+    return [self._processor.id_to_piece(i).replace(SPACE, " ") for i in range(self.vocab_size)]
 
   def class_of_token(self) -> np.ndarray:
     """Returns int32 [V]: an index into `class_names` for each id."""
@@ -119,28 +123,40 @@ class Tokenizer:
       return bytes([int(piece[3:5], 16)])
     if self._processor.is_control(token) or self._processor.is_unknown(token):
       return b""
-    return piece.replace(_SPACE, " ").encode("utf-8")
+    return piece.replace(SPACE, " ").encode("utf-8")
 
   def _class_name(self, token: int) -> str:
     if self._processor.is_byte(token):
       return "byte"
-    text = self._bytes[token].decode("utf-8")
-    word = text.strip()
-    if not text:
-      return "special"
-    if not word:
-      return "whitespace"
-    if word[0].isdigit():
-      return "digit"
-    if word[0].isalpha() or word[0] == "_":
-      return "word_start" if text[0].isspace() else "word_inside"
-    return "punctuation"
+    return class_of_text(self._bytes[token].decode("utf-8"))
+
+
+def class_of_text(text: str) -> str:
+  """Returns which of `CLASS_NAMES` a piece belongs to, by its text."""
+  word = text.strip()
+  if not text:
+    return "special"
+  if not word:
+    return "whitespace"
+  if word[0].isdigit():
+    return "digit"
+  if word[0].isalpha() or word[0] == "_":
+    return "word_start" if text[0].isspace() else "word_inside"
+  return "punctuation"
 
 
 def load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
-  """Loads `config.data.tokenizer`; raises ConfigError if it is missing, broken or of another size than `vocab_size`."""
+  """Loads `config.data.tokenizer`; raises ConfigError if it is missing, broken or of another size than `vocab_size`.
+
+  A .json file is an imported model's (`imported_tokenizer.py`), any other sentencepiece's.
+  """
   try:
-    tokenizer = Tokenizer(Path(path).expanduser().read_bytes())
+    data = Path(path).expanduser().read_bytes()
+    if path.endswith(".json"):
+      from moe_lab.data.imported_tokenizer import ImportedTokenizer  # which builds on this file
+
+      return ImportedTokenizer(data, vocab_size)
+    tokenizer = Tokenizer(data)
   except OSError as error:
     raise ConfigError("data.tokenizer", path, f"a sentencepiece .model file ({error.strerror})") from None
   except ValueError as error:

@@ -95,7 +95,7 @@ def routing_drift(
     "flips_anywhere": float(total.flipped_anywhere) / tokens,
     "experts_before": experts_before,
     "experts_after": experts_after,
-    "count_drift": experts_after / experts_before - 1,
+    "count_drift": experts_after / experts_before - 1 if experts_before else 0.0,
     **{f"{name}_by_layer": values.tolist() for name, values in by_layer.items()},
     "tokens": int(tokens),
   }

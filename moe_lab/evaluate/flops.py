@@ -24,7 +24,7 @@ def forward_flops_per_token(config: Config, mean_experts: float, mean_context: f
     "attention_projections": model.num_layers * 2 * model.dim * heads * model.head_dim,
     "attention_scores": model.num_layers * 4 * model.num_heads * model.head_dim * mean_context,
     "router": num_moe * sum(2 * rows * columns for rows, columns in router_sizes),
-    "experts": num_moe * 6 * model.dim * model.expert_dim * (mean_experts + model.num_shared_experts),
+    "experts": num_moe * 6 * model.dim * (mean_experts * model.expert_dim + model.shared_width),
     "dense_mlp": model.num_dense_layers * 6 * model.dim * model.dense_dim,
     "head": 2 * model.dim * config.data.vocab_size,
   }

@@ -106,7 +106,7 @@ def evaluate(
     "mean_experts": mean_Z.mean(),
     "mean_experts_by_layer": mean_Z.tolist(),
     "k_histogram": histogram_ZK1.tolist(),
-    "load": (assigned_ZE / assigned_ZE.sum(-1, keepdims=True)).tolist(),
+    "load": (assigned_ZE / np.maximum(assigned_ZE.sum(-1, keepdims=True), 1)).tolist(),
     "by_class": {
       name: {"tokens": int(n), "loss": loss / n, "mean_experts": experts / n}
       for name, n, loss, experts in zip(class_names, tokens_C, loss_C, experts_C, strict=True)

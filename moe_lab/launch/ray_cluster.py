@@ -5,7 +5,6 @@ A run whose node or process dies begins again elsewhere, from its checkpoint. Ne
 """
 
 import dataclasses
-import importlib.util
 import logging
 import os
 import signal
@@ -14,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from moe_lab.config import program
-from moe_lab.errors import UserError
+from moe_lab.errors import UserError, require
 from moe_lab.io import lock
 from moe_lab.launch import local
 
@@ -112,8 +111,7 @@ def _result(reference, cluster: Cluster) -> dict:
 
 
 def _connect(address: str) -> None:
-  if importlib.util.find_spec("ray") is None:
-    raise UserError("--launcher=ray wants Ray: pip install 'ray>=2.40', or the extra `ray` of this package")
+  require("ray", "--launcher=ray", "ray")
   _check_answer(address)
   import ray
 

@@ -6,7 +6,6 @@ package.
 """
 
 import dataclasses
-import importlib.util
 import os
 import shutil
 import signal
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from moe_lab.config import program
-from moe_lab.errors import UserError
+from moe_lab.errors import UserError, require
 from moe_lab.io import lock
 from moe_lab.launch import local
 
@@ -61,8 +60,7 @@ def performed(
   Raises:
     UserError: submitit is not installed, or this is no machine from which Slurm is reached.
   """
-  if importlib.util.find_spec("submitit") is None:
-    raise UserError("--launcher=slurm wants submitit: pip install submitit, or the extra `slurm` of this package")
+  require("submitit", "--launcher=slurm", "slurm")
   if cluster.name == "slurm" and shutil.which("srun") is None:
     raise UserError("--launcher=slurm: there is no srun here: wanted a login node of a Slurm cluster")
   import submitit

@@ -31,7 +31,7 @@ def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
 
   Derived from the slopes and the bound of QK-norm, not tuned; they stretch as slopes are interpolated.
   """
-  return windows(layer_slopes(config), config.qk_bound if config.qk_norm else None)
+  return windows(layer_slopes(config), (config.qk_bound or None) if config.qk_norm else None)
 
 
 def sharpened(q_BLNH: jax.Array, position: jax.Array, slope_M: jax.Array, start: int) -> jax.Array:
@@ -50,15 +50,25 @@ class QKNorm(nn.Module):
 
   With both norms, |q.k| / sqrt(H) <= `bound`, since ||q|| and ||k|| are at most
   sqrt(H) times the largest gain. Windows are derived from that bound.
+
+  Attributes:
+    bound: 0: none.
+    together: the letter of the heads' dimension, to normalise a token's heads together; "": each head.
+    epsilon: added to the mean square.
   """
 
   bound: float
+  together: str = ""
+  epsilon: float = 1e-6
 
   @nn.compact
   def __call__(self, x):
-    limit = (self.bound * x.shape[-1] ** -0.5) ** 0.5
-    gain = self.param("gain_H", nn.initializers.constant(min(1.0, limit)), (x.shape[-1],), jnp.float32)
-    return (rms_normalise(x) * jnp.clip(gain, -limit, limit)).astype(x.dtype)
+    limit = (self.bound * x.shape[-1] ** -0.5) ** 0.5 if self.bound else math.inf
+    shape = x.shape[-2:] if self.together else x.shape[-1:]
+    gain = self.param(f"gain_{self.together}H", nn.initializers.constant(min(1.0, limit)), shape, jnp.float32)
+    rows = x.reshape(*x.shape[:-2], -1) if self.together else x
+    normed = rms_normalise(rows, self.epsilon).reshape(x.shape)
+    return (normed * jnp.clip(gain, -limit, limit)).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -83,13 +93,20 @@ class Attention(nn.Module):
     q_BLNH = project("query_DNH", config.num_heads)
     k_BLMH = project("key_DMH", config.num_kv_heads)
     v_BLMH = project("value_DMH", config.num_kv_heads)
+    if config.qkv_bias:
+      q_BLNH += self._bias("query_bias_NH", q_BLNH)
+      k_BLMH += self._bias("key_bias_MH", k_BLMH)
+      v_BLMH += self._bias("value_bias_MH", v_BLMH)
     if config.qk_norm:
-      q_BLNH = QKNorm(config.qk_bound, name="query_norm")(q_BLNH)
-      k_BLMH = QKNorm(config.qk_bound, name="key_norm")(k_BLMH)
+      queries, keys = ("N", "M") if config.qk_norm_over == "all" else ("", "")
+      q_BLNH = QKNorm(config.qk_bound, queries, config.norm_epsilon, name="query_norm")(q_BLNH)
+      k_BLMH = QKNorm(config.qk_bound, keys, config.norm_epsilon, name="key_norm")(k_BLMH)
     position = jnp.asarray(offset)[..., None] + jnp.arange(x_BLD.shape[1])
     if config.position == "rotary":
       interpolated = position / config.position_interpolation
-      q_BLNH, k_BLMH = (rotate(heads, interpolated, config.rotary_base) for heads in (q_BLNH, k_BLMH))
+      q_BLNH, k_BLMH = (
+        rotate(heads, interpolated, config.rotary_base, config.rotary_stretch) for heads in (q_BLNH, k_BLMH)
+      )
     slope_M = jnp.asarray(layer_slopes(config))
     if config.sharpen_from:
       q_BLNH = sharpened(q_BLNH, position, slope_M, config.sharpen_from)
@@ -125,3 +142,6 @@ class Attention(nn.Module):
     std = self.out_scale * (config.num_heads * config.head_dim) ** -0.5
     out = Weight(self, "out_NHD", std, (config.num_heads, config.head_dim, dim))
     return out.project("BLNH,NHD->BLD", out_BLNH), cache
+
+  def _bias(self, name: str, heads: jax.Array) -> jax.Array:
+    return self.param(name, nn.initializers.zeros, heads.shape[-2:], jnp.float32).astype(heads.dtype)

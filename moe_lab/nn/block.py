@@ -63,12 +63,12 @@ class Block(nn.Module):
   ) -> tuple[jax.Array, tuple[RouterStats | None, LayerCache | None]]:
     """Returns x_BLD and, for scan to stack, the layer's statistics and cache."""
     # Residual branches shrink with depth, so that the stream's variance does not grow with it (GPT-2).
-    out_scale = (2 * self.model.num_layers) ** -0.5
+    out_scale, epsilon = (2 * self.model.num_layers) ** -0.5, self.model.norm_epsilon
     attended, cache = Attention(self.model, out_scale, self.mesh, name="attention")(
-      RMSNorm(name="attention_norm")(x_BLD), shared.segment_BL, shared.offset, layer.cache, shared.row_B
+      RMSNorm(epsilon, name="attention_norm")(x_BLD), shared.segment_BL, shared.offset, layer.cache, shared.row_B
     )
     x_BLD = x_BLD + attended
-    normed_BLD = RMSNorm(name="mlp_norm")(x_BLD)
+    normed_BLD = RMSNorm(epsilon, name="mlp_norm")(x_BLD)
     if not self.moe:
       return x_BLD + MLP(self.model.dense_dim, out_scale, name="mlp")(normed_BLD), (None, cache)
 
@@ -87,8 +87,7 @@ class Block(nn.Module):
       budget_B=shared.budget_B,
       greedy_T=None if shared.greedy_B is None else per_token(shared.greedy_B),
       caps=None if shared.caps is None else shared.caps._replace(experts=per_token(shared.caps.experts)),
-      traced=self.traced,
     )
-    moe = MoE(self.model, self.routing, out_scale, self.mesh, name="moe")
+    moe = MoE(self.model, self.routing, out_scale, self.mesh, self.traced, name="moe")
     y_TD, stats = moe(normed_BLD.reshape(-1, dim), context)
     return x_BLD + y_TD.reshape(x_BLD.shape), (stats, cache)

@@ -12,16 +12,18 @@ def scaled_normal(std: float):
   return nn.initializers.zeros if std == 0 else nn.initializers.truncated_normal(std)
 
 
-def rms_normalise(x: jax.Array) -> jax.Array:
+def rms_normalise(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
   """Divides by the root mean square over the last axis, in float32 (arXiv 1910.07467)."""
   x = x.astype(jnp.float32)
-  return x * jax.lax.rsqrt(row_sum(jnp.square(x))[..., None] / x.shape[-1] + 1e-6)
+  return x * jax.lax.rsqrt(row_sum(jnp.square(x))[..., None] / x.shape[-1] + epsilon)
 
 
 class RMSNorm(nn.Module):
   """RMSNorm with a gain; the result has the input's type."""
 
+  epsilon: float = 1e-6
+
   @nn.compact
   def __call__(self, x):
     gain = self.param("gain_D", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-    return (rms_normalise(x) * gain).astype(x.dtype)
+    return (rms_normalise(x, self.epsilon) * gain).astype(x.dtype)

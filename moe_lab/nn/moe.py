@@ -25,12 +25,14 @@ class MoE(nn.Module):
   Attributes:
     out_scale: factor on the initial weights of the outputs.
     mesh: of the devices that share the tokens and the experts; None: one device.
+    traced: whether the statistics are to have each token's choice of experts.
   """
 
   model: ModelConfig
   routing: RoutingConfig
   out_scale: float
   mesh: jax.sharding.Mesh | None = None
+  traced: bool = False
 
   @nn.compact
   def __call__(self, x_TD, context: RouterContext) -> tuple[jnp.ndarray, RouterStats]:
@@ -43,6 +45,8 @@ class MoE(nn.Module):
       for name, (shape, std) in router.parameters(model).items()
     }
     assignment, stats = router(parameters, jittered(x_TD, routing.router_jitter, context), context)
+    if not self.traced:
+      stats = stats._replace(choice=None)
     assignment = scattered(assignment, num_experts, routing.gating_dropout, context)
     if context.caps is not None:
       assignment = capped(assignment, context.caps, max(routing.k_min, 1))
@@ -69,7 +73,11 @@ class MoE(nn.Module):
       y_TD, dropped = dispatch(x_TD, assignment, weights, backend=backend, capacity=capacity, experts=experts)
     if assignment.identity_T is not None:
       y_TD += assignment.identity_T[:, None].astype(x_TD.dtype) * x_TD
-    if model.num_shared_experts:
+    if model.shared_width:
       # One MLP of the joint width is the same function as so many experts that every token takes.
-      y_TD += MLP(model.num_shared_experts * hidden, self.out_scale, name="shared")(x_TD)
+      shared_TD = MLP(model.shared_width, self.out_scale, name="shared")(x_TD)
+      if model.shared_gate:
+        gate_D = self.param("shared_gate_D", scaled_normal(dim**-0.5), (dim,), jnp.float32)
+        shared_TD *= jax.nn.sigmoid(x_TD.astype(jnp.float32) @ gate_D)[:, None].astype(x_TD.dtype)
+      y_TD += shared_TD
     return y_TD, stats._replace(dropped_sum=dropped)

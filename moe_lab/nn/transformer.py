@@ -11,7 +11,7 @@ from moe_lab.nn.attention import LayerCache
 from moe_lab.nn.block import Block, LayerInputs, SharedInputs
 from moe_lab.nn.layers import RMSNorm, scaled_normal
 from moe_lab.nn.weights import WATCHED
-from moe_lab.routing.base import Caps, Decisions, RouterState, RouterStats
+from moe_lab.routing.base import Caps, Decisions, RouterState, RouterStats, stats_without_experts
 from moe_lab.sharding.rules import spread
 
 _REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_saveable, "full": jax.checkpoint_policies.nothing_saveable}
@@ -23,7 +23,7 @@ class Output(NamedTuple):
   Attributes:
     hidden_BLD: after the final norm, in the activations' type.
     head_VD: the output embedding; a loss over the vocabulary reads both (`ops/cross_entropy.py`).
-    stats: of the mixture-of-experts layers, leading axis Z.
+    stats: of the mixture-of-experts layers, leading axis Z; without any, as of one layer that takes no expert.
     cache: the updated cache, layer by layer; None if none was given.
   """
 
@@ -96,7 +96,8 @@ class Transformer(nn.Module):
       "embedding_VD", scaled_normal(config.dim**-0.5), (self.config.data.vocab_size, config.dim), jnp.float32
     )
     # The embedding is the head too, where variance 1/D is right; as input it wants variance 1.
-    x_BLD = spread((embedding_VD[token_BL] * config.dim**0.5).astype(config.dtype), self.mesh)
+    scale = config.dim**0.5 if config.scale_embeddings else 1.0
+    x_BLD = spread((embedding_VD[token_BL] * scale).astype(config.dtype), self.mesh)
     offset, embedding_BLD = jnp.asarray(offset, jnp.int32), jax.lax.stop_gradient(x_BLD)
     shared = SharedInputs(segment_BL, offset, budget_B, embedding_BLD, greedy_B, caps, row_B)
 
@@ -115,11 +116,14 @@ class Transformer(nn.Module):
       inputs = LayerInputs(router_state, keys, decisions, layer_cache) if is_moe else dense_inputs
       name = "moe_layers" if is_moe else "dense_layers"
       run = self._unrolled if self.unrolled else self._scanned
-      # The last layers are always mixtures of experts: theirs are the statistics that remain.
+      # Where there are mixtures of experts they come last: theirs are the statistics that remain.
       x_BLD, (stats, layer_cache) = run(block, name, num_layers, is_moe, x_BLD, inputs, shared)
       new_cache += layer_cache or ()
 
-    x_BLD = RMSNorm(name="final_norm")(x_BLD)
+    if stats is None:
+      stats = stats_without_experts((segment_BL != 0).reshape(-1), config.num_experts, self.config.routing.slots)
+      stats = stats if self.traced else stats._replace(choice=None)
+    x_BLD = RMSNorm(config.norm_epsilon, name="final_norm")(x_BLD)
     head_VD = embedding_VD
     if not config.tie_embeddings:
       head_VD = self.param("head_VD", scaled_normal(config.dim**-0.5), embedding_VD.shape, jnp.float32)

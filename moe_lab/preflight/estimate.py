@@ -5,7 +5,8 @@ layer's input, one layer's and the head's gathered weights, and the rows of one 
 for the worst case; of these about four as wide as the model and five as wide as an expert live at a time. Bytes a chip
 sends: weights fetched along "fsdp" forward and backward, their gradients in float32, the experts' rows there and back
 in three passes, sums along "model", and keys where a sequence lies on several chips. Against the compiler's plan for
-medium_50b on 128 and 256 chips of v5p (benchmarks/results, `presets` of 2026-11-25) memory is 4% to 5% low.
+the presets (benchmarks/results, `presets` of 2026-11-26) memory comes out between 4% too high and a fifth too low,
+lowest for wide experts, and the network of medium_50b within 3%.
 """
 
 import dataclasses
@@ -61,10 +62,15 @@ def weights_of(config: Config) -> list[Weights]:
 
 
 def spreads_tokens(config: Config, sizes: Mapping[str, int]) -> bool:
-  """Returns whether a micro-batch's tokens can be spread over such a mesh."""
+  """Returns whether a micro-batch's tokens can be spread over such a mesh.
+
+  Stretches of several sequences on all chips can, but not well: the partitioner moves whole activations in every layer
+  (medium_50b on 256 chips with eight sequences of 128K: 6.1 s on the network, and 2.1 s with one at a time).
+  """
   mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
   rows = config.train.batch_size // config.train.accumulate
-  return mesh.size == 1 or token_spec(mesh, rows, config.data.seq_len) != P()
+  spec = token_spec(mesh, rows, config.data.seq_len)
+  return mesh.size == 1 or (spec != P() and (rows == 1 or spec[0] is not None))
 
 
 def estimate(config: Config, weights: list[Weights], sizes: Mapping[str, int], chip: Chip) -> Estimate:
@@ -95,13 +101,13 @@ def estimate(config: Config, weights: list[Weights], sizes: Mapping[str, int], c
   fetched = sum(w.part(sizes, "fsdp") for w in weights if "fsdp" in w.spec) * _others(sizes["fsdp"])
   sent = fetched * (FETCHES * each + 4)  # and the gradients scattered in float32
   sent += 8 * sum(w.part(sizes) for w in experts) * _others(sizes["data"] * sizes["sequence"])
-  if token_spec(mesh, train.batch_size // train.accumulate, config.data.seq_len)[0] == BATCH:
+  readers, stretched = token_spec(mesh, train.batch_size // train.accumulate, config.data.seq_len) or (BATCH, None)
+  stretches = num_along(mesh, stretched)
+  if readers:
     copies = sizes["data"] * sizes["expert"] * sizes["sequence"]
     sent += 8 * sum(w.part(sizes) for w in rest) * _others(copies)
-    stretches = sizes["sequence"]
-  else:  # the partitioner sums whole gradients over all chips
+  else:  # of one sequence at a time, the partitioner sums whole gradients over all chips
     sent += 8 * sum(w.part(sizes, "fsdp") for w in rest) * _others(mesh.size // sizes["model"])
-    stretches = num_along(mesh, (*BATCH, "sequence"))
   layers = model.num_layers
   there = tokens * config.routing.mean_count * model.dim * each * _others(sizes["expert"])
   sent += layers * 2 * PASSES * there

@@ -42,7 +42,8 @@ class Collective:
       `BETWEEN` behind it, of chips in the same place of several slices.
     axes: of the mesh, along which its devices differ.
     size: devices that talk to each other.
-    result_bytes: of what each device has afterwards; of a ragged exchange, of all rows that it can have to send.
+    result_bytes: of what each device has afterwards; of a ragged exchange, of all rows that it can have to send;
+      between slices, of what it hands over.
     times: how often it runs, loops multiplied.
   """
 
@@ -59,6 +60,7 @@ class Collective:
     factor = {
       "all-reduce": 2 * others,
       f"all-reduce{BETWEEN}": 2 * others,
+      f"all-gather{BETWEEN}": self.size - 1,  # of what is sent, which is one part
       "reduce-scatter": self.size - 1,  # of the result, which is one part
       "collective-permute": 1.0,
       "collective-broadcast": 1.0,

@@ -13,7 +13,7 @@ from moe_lab.preflight.report import preflight
 from moe_lab.preflight.topology import topology_devices
 
 COMPILED = 3  # of the best by arithmetic
-MARGIN = 1.1  # on bytes by arithmetic, which come out up to a tenth low
+MARGIN = 1.25  # on bytes by arithmetic, which come out up to a fifth low
 SHARED = ("fsdp", "expert", "sequence", "model")
 
 

@@ -1,12 +1,11 @@
 """TPU chips that are not here, for the compiler alone."""
 
-import importlib.util
 import os
 
 import jax
 from jax.experimental import topologies
 
-from moe_lab.errors import UserError
+from moe_lab.errors import UserError, require
 
 # libtpu would ask the cloud which machine this is, and wait for an answer.
 _ENVIRONMENT = {
@@ -24,8 +23,7 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
   Raises:
     UserError: there is no compiler for TPU, or no such topology.
   """
-  if importlib.util.find_spec("libtpu") is None:
-    raise UserError("compiling for TPU wants libtpu: pip install libtpu, or the extra `tpu` of this package")
+  require("libtpu", "compiling for TPU", "tpu")
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   jax.config.update("jax_platforms", "cpu")  # with libtpu about, jax would look for a TPU to run on

@@ -75,7 +75,7 @@ class RouterStats(NamedTuple):
     policy: terms of a learned count policy; None for a router without one.
     sums: the method's own sums over tokens by name, for its losses and its state.
     sequences: the balance loss's sums for each sequence; None where it does not go by sequence.
-    choice: of each token; None where it is not asked for.
+    choice: of each token; None where the model is not asked for it.
   """
 
   token_count: jax.Array
@@ -169,7 +169,6 @@ class RouterContext(NamedTuple):
     budget_B: float32, the same for each row of the batch; tokens are B equal rows, one after the other. None: one row.
     greedy_T: bool, tokens that take the inference rule's count although there is a key; None: no such.
     caps: bounds on the counts, which the layer holds the router's choice to; None: none.
-    traced: whether the statistics are to have each token's `Choice`.
   """
 
   mask_T: jax.Array
@@ -181,7 +180,6 @@ class RouterContext(NamedTuple):
   budget_B: jax.Array | None = None
   greedy_T: jax.Array | None = None
   caps: Caps | None = None
-  traced: bool = False
 
   @property
   def num_sequences(self) -> int:
@@ -196,6 +194,27 @@ def initial_router_state(num_layers: int, num_experts: int) -> RouterState:
     load_E=jnp.ones((num_layers, num_experts)),
     count_shift=jnp.zeros(num_layers),
     method={},
+  )
+
+
+def stats_without_experts(mask_T: jax.Array, num_experts: int, slots: int) -> RouterStats:
+  """Returns the [1, ...] statistics of a model without experts: one layer, whose tokens take none."""
+  nothing_TK = jnp.zeros((1, mask_T.size, slots), jnp.int32)
+  tokens_1 = mask_T.sum(keepdims=True).astype(jnp.float32)
+  zeros_1, zeros_1E = jnp.zeros(1), jnp.zeros((1, num_experts))
+  return RouterStats(
+    token_count=tokens_1,
+    assigned_E=zeros_1E,
+    prob_sum_E=zeros_1E,
+    z_sum=zeros_1,
+    entropy_sum=zeros_1,
+    count_histogram_K1=tokens_1[:, None] * jax.nn.one_hot(0, slots + 1),
+    dropped_sum=zeros_1,
+    count_T=jnp.zeros((1, mask_T.size), jnp.int32),
+    policy=None,
+    sums={},
+    sequences=None,
+    choice=Choice(jnp.zeros((1, mask_T.size, num_experts)), nothing_TK, nothing_TK > 0),
   )
 
 

@@ -5,6 +5,7 @@ A parameter's name ends with its dimensions (`gate_EDF`), in the letters of
 So a name says how its array is spread, and so for the optimizer's moments, which have the same names.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -92,15 +93,22 @@ def num_along(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
 def token_spec(mesh: Mesh | None, batch: int, length: int) -> P:
   """Returns how [B, L, ...] is spread.
 
-  Sequences over the batch axes and their stretches over "sequence"; where there are too few sequences, as at 128K
-  tokens, stretches over all of these; P() where neither number is divisible.
+  Sequences over the batch axes and their stretches over "sequence". Where there are too few sequences, as at 128K
+  tokens, some of the batch axes take one sequence each, if any of them are exactly as many, and the others stretches,
+  as do all of them where there are none such. P() where neither number is divisible.
   """
   if mesh is None or mesh.size == 1:
     return P()
-  readers, stretches = num_along(mesh, BATCH), mesh.shape["sequence"]
-  if batch % readers == 0 and length % stretches == 0:
+  if batch % num_along(mesh, BATCH) == 0 and length % mesh.shape["sequence"] == 0:
     return P(BATCH, "sequence")
-  return P(None, (*BATCH, "sequence")) if length % (readers * stretches) == 0 else P()
+  for number in range(len(BATCH)):
+    for readers in itertools.combinations(BATCH, number):
+      stretches = tuple(axis for axis in (*BATCH, "sequence") if axis not in readers)
+      # Several stretches of several sequences each: to see them as one row of tokens, all would have to move.
+      if num_along(mesh, readers) == batch and length % num_along(mesh, stretches) == 0:
+        return P(readers or None, stretches)
+  stretches = (*BATCH, "sequence")
+  return P(None, stretches) if length % num_along(mesh, stretches) == 0 else P()
 
 
 def batch_sharding(mesh: Mesh, batch: int) -> NamedSharding:

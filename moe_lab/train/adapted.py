@@ -14,7 +14,7 @@ from moe_lab.evaluate.drift import Routed, routing_drift
 from moe_lab.io.files import dump_json, write_text
 from moe_lab.routing.base import RouterState
 from moe_lab.train.adapter import write_adapter
-from moe_lab.train.base import Base, load_base, start_from
+from moe_lab.train.base import Base, check_readable, keep_files, load_base, start_from
 from moe_lab.train.loop import train
 from moe_lab.train.state import abstract_plain_params
 from moe_lab.types import Batch
@@ -53,6 +53,7 @@ def train_adapted(base: Base, config: Config, workdir: Path, cache_dir: Path, ar
   Raises:
     UserError, RunError, SystemExit: as `loop.train`.
   """
+  check_readable(base)
   target, source = open_data(config.data, cache_dir), None
   if base.config.data.sources != config.data.sources:
     try:
@@ -61,6 +62,7 @@ def train_adapted(base: Base, config: Config, workdir: Path, cache_dir: Path, ar
       log.warning("the drift on the base's own text is left out: %s", error)
   start = start_from(base, config, target.fingerprint, calibration_batches(target, config))
   result = train(config, workdir, cache_dir, argv, start=start)
+  keep_files(base, workdir)
   state, report = load_base(workdir).state, {}
   if config.adapt.lora_rank:
     report |= adapter_coverage(abstract_plain_params(config), state.params, config)

@@ -12,10 +12,11 @@ from moe_lab.adapt.learning import join, split
 from moe_lab.adapt.lora import adapter_coverage, adapters
 from moe_lab.adapt.quantise import calibrated
 from moe_lab.config.schema import Config
+from moe_lab.data.tokenizer import RUN_FILES
 from moe_lab.errors import ConfigError, UserError
 from moe_lab.io.checkpoint import Checkpointer
 from moe_lab.io.files import dump_json, write_text
-from moe_lab.io.run import load_run, open_run
+from moe_lab.io.run import CARRIED, load_run, open_run
 from moe_lab.train.loop import Start
 from moe_lab.train.optimizer import make_optimizer
 from moe_lab.train.state import TrainState, abstract_plain_params, abstract_state, adapter_key
@@ -33,6 +34,7 @@ class Base(NamedTuple):
     step: of the checkpoint.
     fingerprint: of the run's tokenizer.
     manifest: of the run's data.
+    imported: what run.json says of the checkpoint that it was imported from; {}: it was not.
   """
 
   workdir: Path
@@ -42,6 +44,13 @@ class Base(NamedTuple):
   step: int
   fingerprint: str
   manifest: list[dict]
+  imported: dict
+
+  @property
+  def notes(self) -> dict:
+    """What the run.json of a run that is made of this one says of it."""
+    came = {"imported": self.imported} if self.imported else {}
+    return {"base": {"workdir": str(self.workdir), "step": self.step}} | came
 
 
 def load_base(workdir: Path, step: int | None = None) -> Base:
@@ -50,7 +59,8 @@ def load_base(workdir: Path, step: int | None = None) -> Base:
   with Checkpointer(workdir, keep=None) as checkpointer:
     state, meta, step = checkpointer.restore(abstract_state(config), step)
   state = jax.tree.map(np.asarray, state)
-  return Base(workdir, config, state, meta, step, info["tokenizer_fingerprint"], info["data"])
+  fingerprint, manifest = info["tokenizer_fingerprint"], info["data"]
+  return Base(workdir, config, state, meta, step, fingerprint, manifest, info.get("imported", {}))
 
 
 def check_new(workdir: Path) -> None:
@@ -76,24 +86,33 @@ def write_run(
   optimizer = make_optimizer(config.train)
   state = base.state._replace(params=params, opt_state=optimizer.init(split(params, config.adapt)[0]))
   with open_run(workdir, config, fingerprint=base.fingerprint, manifest=manifest, argv=argv) as run:
-    run.note(base={"workdir": str(base.workdir), "step": base.step})
+    run.note(**base.notes)
     with Checkpointer(workdir, keep=1) as checkpointer:
       checkpointer.save(base.step, state, base.meta)
       checkpointer.wait()
-    keep_tokenizer(base, workdir)
+    keep_files(base, workdir)
     write_text(workdir / "adaptation.json", dump_json(report, indent=2) + "\n")
 
 
-def keep_tokenizer(base: Base, workdir: Path) -> None:
-  """Copies the base's tokenizer, if it has one."""
-  if (base.workdir / "tokenizer.model").is_file():
-    shutil.copyfile(base.workdir / "tokenizer.model", workdir / "tokenizer.model")
+def keep_files(base: Base, workdir: Path) -> None:
+  """Copies the base's tokenizer, and what came with an imported checkpoint, for an export."""
+  for name in RUN_FILES:
+    if (base.workdir / name).is_file():
+      shutil.copyfile(base.workdir / name, workdir / name)
+  if (base.workdir / CARRIED).is_dir():
+    shutil.copytree(base.workdir / CARRIED, workdir / CARRIED, dirs_exist_ok=True)
+
+
+def check_readable(base: Base) -> None:
+  """Raises UserError if no text can be read for the base."""
+  if not base.fingerprint:
+    raise UserError(f"--base={base.workdir} has no tokenizer, since none came with its checkpoint: wanted one that has")
 
 
 def check_tokens(base: Base, config: Config, fingerprint: str) -> None:
   """Raises UserError if data is read with another tokenizer than the base's."""
   if fingerprint != base.fingerprint:
-    wanted = f"the base's own ({base.workdir / 'tokenizer.model'}), or its data"
+    wanted = f"the base's own ({base.workdir}/tokenizer.*), or its data"
     raise ConfigError("data.tokenizer", config.data.tokenizer, wanted)
 
 
@@ -120,4 +139,4 @@ def start_from(base: Base, config: Config, fingerprint: str, calibration: Iterab
   state = base.state._replace(step=zero, params=params, opt_state=opt_state, skipped_in_a_row=zero)
   held = config.adapt.router == "held"
   reference = split(base.state.params, config.adapt)[0] if held else None
-  return Start(jax.tree.map(np.asarray, state), reference, base.fingerprint)
+  return Start(jax.tree.map(np.asarray, state), reference, base.fingerprint, base.notes)

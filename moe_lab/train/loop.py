@@ -69,11 +69,13 @@ class Start(NamedTuple):
     state: before the first step, in the form of the run's configuration; arrays of numpy.
     reference: see `step.make_train_step`; None: the router is not held.
     fingerprint: of the tokenizer that the weights were trained with.
+    notes: for run.json: where it comes from.
   """
 
   state: TrainState
   reference: Any
   fingerprint: str
+  notes: dict
 
 
 def train(
@@ -119,8 +121,11 @@ def _train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop
     )
   first = hosts.is_first()
   with open_run(workdir, config, fingerprint=data.fingerprint, manifest=data.manifest, argv=argv) as run:
+    if start is not None:
+      run.note(**start.notes)
     if first and data.tokenizer is not None:
-      (workdir / "tokenizer.model").write_bytes(data.tokenizer.model)  # so that the run can be used without its data
+      # So that the run can be used without its data.
+      (workdir / data.tokenizer.file_name).write_bytes(data.tokenizer.model)
     with (
       Checkpointer(workdir, config.train.keep_checkpoints) as checkpointer,
       MetricsWriter(workdir) if first else NoWriter() as writer,

@@ -34,7 +34,7 @@ def _labels(params):
 
 def _is_matrix(params):
   """Weight decay is for matrices: not for gains, biases and thresholds, whose last axis is their only one."""
-  names = ("gain_", "policy_bias", "value_bias", "log_scale", "threshold_E")
+  names = ("gain_", "policy_bias", "query_bias", "key_bias", "value_bias", "log_scale", "threshold_E")
   return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.startswith(names), params)
 
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from moe_lab.adapt.learning import join, split
-from moe_lab.adapt.lora import adapters
-from moe_lab.adapt.quantise import quantised
+from moe_lab.adapt.lora import adapters, merged
+from moe_lab.adapt.quantise import plain, quantised
+from moe_lab.adapt.tensors import tensors
 from moe_lab.config.adapt import AdaptConfig
 from moe_lab.config.schema import Config
 from moe_lab.nn.transformer import Transformer
@@ -48,31 +49,37 @@ def adapter_key(config: Config) -> jax.Array:
 
 def in_form(params: Any, config: Config) -> Any:
   """Returns plain parameters in the form that `config.adapt` says: without calibration, and adapters at their start."""
-  plain = params
+  begun = params
   if config.adapt.weights != "float32":
-    params = quantised(plain, config.adapt.weights)
+    params = quantised(begun, config.adapt.weights)
   if config.adapt.lora_rank:
-    params = join(adapters(plain, config, adapter_key(config)), params)
+    params = join(adapters(begun, config, adapter_key(config)), params)
   return params
 
 
 def initial_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
   """Returns the state before the first step; deterministic in `config.train.seed`."""
-  num_moe_layers = config.model.num_layers - config.model.num_dense_layers
-  router_state = make_router(config.routing).initial_state(num_moe_layers, config.model.num_experts)
   token_BL = jnp.zeros((1, 8), jnp.int32)
   variables = Transformer(config).init(
-    jax.random.key(config.train.seed), token_BL, token_BL + 1, jnp.full(1, config.routing.budget), router_state
+    jax.random.key(config.train.seed), token_BL, token_BL + 1, jnp.full(1, config.routing.budget), _router_state(config)
   )
-  params = in_form(variables["params"], config)
+  return state_of(config, in_form(variables["params"], config), optimizer)
+
+
+def state_of(config: Config, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+  """Returns the state before the first step of a model with these parameters, in the form that `config.adapt` says."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=optimizer.init(split(params, config.adapt)[0]),
-    router_state=router_state,
+    router_state=_router_state(config),
     budget_state=initial_budget_state(config.routing),
     skipped_in_a_row=jnp.zeros((), jnp.int32),
   )
+
+
+def _router_state(config: Config) -> RouterState:
+  return make_router(config.routing).initial_state(config.model.routed_layers, config.model.num_experts)
 
 
 def abstract_state(config: Config) -> TrainState:
@@ -83,3 +90,8 @@ def abstract_state(config: Config) -> TrainState:
 def abstract_plain_params(config: Config) -> Any:
   """Returns the shapes of the model's parameters as they are before any adaptation."""
   return abstract_state(dataclasses.replace(config, adapt=AdaptConfig())).params
+
+
+def plain_params(params: Any, config: Config) -> dict:
+  """Returns parameters of any form as float32 arrays without adapters: the same model, as `merged` and `plain` say."""
+  return merged(plain(params, tensors(abstract_plain_params(config))))

@@ -116,6 +116,7 @@ def test_generate_answers_a_file_and_a_talk(place):
   assert talk["turns"] == 2 and len(talk["text"]) == 2 and talk["tokens"] <= 8
 
 
+PRESET = ("--config=configs/medium_50b.py:8k",)
 TEXT = ("--config.data.sources=text:text", "--workdir=new")
 
 
@@ -154,6 +155,15 @@ TEXT = ("--config.data.sources=text:text", "--workdir=new")
     ("benchmark", ("decode", "--k=2", "--experts=4x8"), ("routing.k_max", "8", "4")),
     ("benchmark", ("decode", "--method=overflow"), ("overflow", "moe_layer")),
     ("benchmark", ("long_attention", "--k=2"), ("--k", "long_attention")),
+    ("train", (*TEXT, "--config.mesh.fsdp=3"), ("config.mesh.fsdp = 3", "model.dim = 16")),
+    ("train", (*TEXT, "--config.mesh.expert=3"), ("config.mesh.expert = 3", "model.num_experts = 4")),
+    ("train", (*TEXT, "--config.mesh.fsdp=2"), ("config.mesh", "divisor of the number of devices, 1")),
+    ("train", (*TEXT, "--config.mesh.data=3"), ("config.mesh.data = 3", "wanted 1", "1 devices")),
+    ("preflight", (*PRESET, "--topology=v5q:2x2"), ("--topology=v5q:2x2", "did you mean")),
+    ("preflight", (*PRESET, "--config.mesh.expert=5"), ("config.mesh.expert = 5", "model.num_experts = 32")),
+    ("preflight", (*PRESET, "--slots=4"), ("--slots", "prefill or decode")),
+    ("preflight", (*PRESET, "--program=decode", "--search"), ("--search", "--program=train")),
+    ("preflight", (*PRESET, "--program=serve"), ("program", "serve", "decode")),
     ("retrieval.study", ("--workdir=new", "--seeds=a"), ("--seeds=a", "number")),
     ("retrieval.study", ("--workdir=new", "--seeds=\u00b2"), ("--seeds=", "number")),
     ("retrieval.study", ("--workdir=new", "--longest=100"), ("--longest=100", "1024")),
@@ -174,6 +184,21 @@ def test_a_mistake_is_one_line_and_changes_nothing(place, name, arguments, words
   assert line.startswith("error: ") and all(word in line for word in words), line
   assert files(place / "run") == before
   assert not (place / "new" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+  ("topology", "words"),
+  [
+    ("v5p:2x3x7", ("--topology=v5p:2x3x7", "as TPUs are sold")),
+    ("v5p:4x4x4", ("config.mesh", "fsdp * expert * sequence * model = 128", "devices, 64")),
+  ],
+)
+def test_a_preflight_for_what_is_not_there_is_one_line(place, topology, words):
+  pytest.importorskip("libtpu")
+  process = program(place, "preflight", *PRESET, f"--topology={topology}")
+  assert process.returncode == 2 and process.stdout == ""
+  (line,) = process.stderr.splitlines()
+  assert line.startswith("error: ") and all(word in line for word in words), line
 
 
 def test_a_run_without_its_checkpoint_says_so(place):

@@ -57,6 +57,7 @@ def test_the_summary_by_hand():
       "seed": 0,
       "asked": [
         asked(1024, TRAINED, 4, 8),
+        asked(1024, SHARP, 4, 4),
         asked(2048, TRAINED, 2, 8),
         asked(2048, INTERPOLATED, 0, 4),
         asked(2048, SHARP, 1, 4),
@@ -67,6 +68,7 @@ def test_the_summary_by_hand():
       "seed": 1,
       "asked": [
         asked(1024, TRAINED, 2, 8),
+        asked(1024, SHARP, 4, 8),
         asked(2048, TRAINED, 0, 4),
         asked(2048, INTERPOLATED, 0, 4),
         asked(2048, SHARP, 1, 0),
@@ -75,7 +77,7 @@ def test_the_summary_by_hand():
   ]
   found = {(e["way"], e["length"]): (e["passkey"], e["multikey"]) for e in study._summary(runs)}
   assert found == {
-    **{(way, 1024): (0.75, 1.0) for way in answers.WAYS},
+    (TRAINED, 1024): (0.75, 1.0), (INTERPOLATED, 1024): (0.75, 1.0), (SHARP, 1024): (1.0, 0.75),
     (TRAINED, 2048): (0.25, 0.75), (INTERPOLATED, 2048): (0.0, 0.5), (SHARP, 2048): (0.25, 0.25),
   }  # fmt: skip
   assert page.page_of(study._summary(runs), "a command").count("<figure") == 6
@@ -93,4 +95,4 @@ def test_longer_rows_are_read_in_three_ways():
   trained, interpolated, sharpened = (answers.longer(CONFIG.model, way, 1024, 4096) for way in answers.WAYS)
   assert trained == CONFIG.model
   assert (interpolated.position_interpolation, interpolated.sharpen_from) == (4.0, 0)
-  assert (sharpened.position_interpolation, sharpened.sharpen_from) == (1.0, 1024)
+  assert (sharpened.position_interpolation, sharpened.sharpen_from) == (1.0, 256)

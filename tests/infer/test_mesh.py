@@ -67,7 +67,8 @@ def test_what_a_mesh_cannot_share_is_refused():
   check_mesh(mesh, 8, 4, 16)
   with pytest.raises(UserError, match="slots=6: wanted a multiple of 8"):
     check_mesh(mesh, 6, 4, 16)
+  check_mesh(mesh, 8, 4, 12)  # four prompts at a time: each along "expert", its chunk along "data"
   with pytest.raises(UserError, match="chunk=12: wanted a multiple of 8"):
-    check_mesh(mesh, 8, 4, 12)
+    check_mesh(mesh, 8, 3, 12)
   with pytest.raises(UserError, match="mesh.sequence = 2: wanted 1 where text is generated"):
     check_mesh(AbstractMesh((1, 1, 1, 2, 1), AXES), 8, 4, 16)

@@ -48,6 +48,13 @@ def test_every_token_takes_every_shared_expert():
   assert not only_routed[9:].any() and only_routed[:9].any(axis=1).all()  # padding takes no routed expert
   assert stats.assigned_E.sum() == 18  # shared experts are no rows of the router's
 
+  # The same width by another field, and a gate over it: half, where it is zero.
+  gated = dataclasses.replace(model, num_shared_experts=0, shared_dim=12, shared_gate=True)
+  halved, _ = MoE(gated, RoutingConfig(method="topk", k=2), 1.0).apply(
+    {"params": params | {"shared_gate_D": jnp.zeros(8)}}, x_TD, context
+  )
+  np.testing.assert_allclose(halved, only_routed + only_shared / 2, atol=1e-5)
+
 
 def test_interpolation_stretches_slopes_and_windows():
   config = ModelConfig(num_heads=4, num_kv_heads=4, qk_bound=8.0)

@@ -178,3 +178,11 @@ def test_qk_norm_holds_its_bound(width, bound):
   assert np.abs(q @ k.T).max() / width**0.5 <= bound * (1 + 1e-5)
   same = norm.apply(gains, jnp.ones((1, width)))
   assert float(same[0] @ same[0]) / width**0.5 == pytest.approx(bound, rel=1e-4)  # and it is reached
+
+
+def test_qk_norm_over_all_heads_by_hand():
+  # Two heads of width 2 with mean square (1 + 9 + 4 + 2) / 4 = 4; gains are as they come.
+  gains = jnp.asarray([[1.0, 2.0], [50.0, -1.0]])
+  x = jnp.asarray([[1.0, 3.0], [2.0, 2.0**0.5]])
+  out = QKNorm(0.0, "N", 0.0).apply({"params": {"gain_NH": gains}}, x[None, None])[0, 0]
+  np.testing.assert_allclose(out, gains * x / 2, rtol=1e-6)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_lab.ops.alibi import alibi_slopes, windows
-from moe_lab.ops.rotary import rotate
+from moe_lab.ops.rotary import rotate, stretched
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,11 @@ def test_window(slope):
   far = np.exp(8.0 - slope * np.arange(window, window + round(50 / slope))).sum()
   assert 0.9e-7 * np.exp(-slope) < far / np.exp(-8.0) <= 1e-7
   assert windows(np.array([slope, 0.0]), 8.0) == (window, None) and windows(np.array([slope]), None) == (None,)
+
+
+def test_stretched_frequencies_by_hand():
+  # Length 64, low 1, high 4: a frequency of 2 pi / 8 makes 8 turns within it and stays; 2 pi / 128 makes half a turn
+  # and is divided by 8; 2 pi / 32 makes 2, a third of the way from 1 to 4: f (1/3 + 2/3 / 8).
+  frequency = 2 * np.pi / np.array([8.0, 128.0, 32.0])
+  want = frequency * [1, 1 / 8, 1 / 3 + 2 / 3 / 8]
+  np.testing.assert_allclose(stretched(jnp.asarray(frequency), 8.0, 1.0, 4.0, 64.0), want, rtol=1e-6)

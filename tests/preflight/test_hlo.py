@@ -73,6 +73,21 @@ def test_by_hand():
   assert want[6].bytes_per_chip == 128
 
 
+BETWEEN = """
+ENTRY %main.1 (p: f32[4,8]) -> f32[4,8] {
+  %s = (f32[4,8]{1,0}, u32[], token[]) send(%p, %a), channel_id=4, is_host_transfer=true, frontend_attributes={HOW}
+  %r = (f32[4,8]{1,0}, u32[], token[]) recv(%a), channel_id=3, is_host_transfer=true, frontend_attributes={HOW}
+}
+""".replace("HOW", '_xla_megascale_target="{TARGET}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"')
+
+
+@pytest.mark.parametrize("target, slices", [("1,2", 2), ("1:4", 4)])
+def test_what_goes_between_slices(target, slices):
+  (found,) = collectives(BETWEEN.replace("TARGET", target), MESH)
+  assert found == Collective("all-reduce between slices", ("data",), slices, 128, 1)
+  assert found.bytes_per_chip == 2 * 128 * (slices - 1) / slices
+
+
 _CHECKS = """
 import jax
 import jax.numpy as jnp

@@ -8,7 +8,7 @@ from moe_lab.config.mesh import MeshConfig
 from moe_lab.errors import UserError
 from moe_lab.preflight.chips import CHIPS
 from moe_lab.preflight.estimate import estimate, weights_of
-from moe_lab.preflight.search import candidates, legal_meshes, rank, search
+from moe_lab.preflight.search import MARGIN, candidates, legal_meshes, rank, search
 from tests.preflight.test_report import CONFIG
 
 
@@ -30,9 +30,9 @@ def test_sharing_saves_memory_and_costs_network():
 
 
 def test_those_that_fit_come_first():
-  small = dataclasses.replace(CHIPS["v5e"], memory_bytes=estimate_of(MeshConfig(fsdp=8)) * 1.2)
+  small = dataclasses.replace(CHIPS["v5e"], memory_bytes=estimate_of(MeshConfig(fsdp=8)) * 1.1 * MARGIN)
   ranked = candidates(CONFIG, small, 8)
-  fit = [1.1 * one.estimate.bytes_per_chip <= small.memory_bytes for one in ranked]
+  fit = [MARGIN * one.estimate.bytes_per_chip <= small.memory_bytes for one in ranked]
   assert any(fit) and fit == sorted(fit, reverse=True)
   assert rank(True, 2.0, 1.0, 5) < rank(True, 2.0, 1.5, 1) < rank(False, 1.0, 1.0, 1) < rank(False, None, None, 1)
 

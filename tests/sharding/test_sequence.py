@@ -35,6 +35,7 @@ CASES = (
   (dict(data=2, expert=2, sequence=2), 4, 80, by_sequence),
   (dict(data=2, expert=2, model=2), 4, 40, by_sequence),
   (dict(fsdp=2, expert=2, sequence=2), 1, 144, by_stretch),  # too few sequences
+  (dict(fsdp=2, expert=2, sequence=2), 2, 144, P(("fsdp",), ("data", "expert", "sequence"))),  # one each for some
   (dict(sequence=8), 1, 320, by_sequence),  # halos of one and two stretches
   (dict(expert=4, model=2), 1, 144, by_stretch),
   (dict(expert=8), 2, 50, P()),

@@ -122,8 +122,11 @@ MESHES = (
 )
 
 
+FEW = (dict(fsdp=2, expert=4),)  # two sequences at a time: one for each half of the devices, which share it
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate, meshes", [(1, MESHES[0]), (1, MESHES[1]), (1, MESHES[2]), (2, MESHES[0][1:])])
+@pytest.mark.parametrize("accumulate, meshes", [(1, m) for m in MESHES] + [(2, MESHES[0][1:]), (4, FEW)])
 def test_many_devices_learn_what_one_learns(accumulate, meshes):
   eight_devices.run(f"ACCUMULATE, MESHES = {accumulate}, {meshes!r}\n" + _CHECKS)
 

@@ -127,3 +127,14 @@ def test_schedule():
   np.testing.assert_allclose([schedule(i) for i in range(4)], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
   assert schedule(12) == pytest.approx(0.55)  # half way: the mean of 1 and 0.1
   assert schedule(20) == pytest.approx(0.1)
+
+
+def test_a_model_without_experts_trains():
+  config = dataclasses.replace(TOPK, model=dataclasses.replace(TOPK.model, num_dense_layers=2, qkv_bias=True))
+  step, state = parts(with_train(config, steps=20))
+  losses = []
+  for _ in range(20):
+    state, metrics = step(state, random_batch())
+    losses.append(summarise(metrics))
+  assert losses[-1]["loss"] < 0.8 * losses[0]["loss"] and losses[0]["mean_experts"] == 0
+  assert all(np.isfinite(value) for value in losses[-1].values() if isinstance(value, float))

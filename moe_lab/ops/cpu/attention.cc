@@ -158,12 +158,19 @@ void forward_task(const Inputs& in, int64_t b, int64_t n, int64_t query0, float*
   }
 }
 
-// dk and dv of one KV head's keys [key0, key1), and their part of dq of all its query heads.
-void backward_task(const Inputs& in, int64_t b, int64_t m, int64_t key0, int64_t key1, const float* d_out,
-                   const float* log_denominator_BNL, const float* correction_BNL, float* dq, float* dk, float* dv) {
+// Some keys of one KV head, [key0, key1), for the backward pass: tasks of a head each add to a dq of their own.
+struct Part {
+  int64_t b, m, key0, key1, work;
+  float* dq_LGH;      // of the head's queries
+  int64_t dq_stride;  // from one query to the next
+};
+
+// dk and dv of a part's keys, and their share of dq of all query heads of the KV head.
+void backward_task(const Inputs& in, const Part& part, const float* d_out, const float* log_denominator_BNL,
+                   const float* correction_BNL, float* dk, float* dv) {
   thread_local Scratch scratch;
   const Shape& shape = in.shape;
-  const int64_t H = shape.H, padded_H = shape.padded_H(), G = shape.G();
+  const int64_t H = shape.H, padded_H = shape.padded_H(), G = shape.G(), b = part.b, m = part.m;
   float* keys = scratch.get(5 * kKeys * padded_H + 2 * kBackwardQueries * (padded_H + kStride));
   float *keys_HS = keys + kKeys * padded_H, *values_HS = keys_HS + kKeys * padded_H;
   float *dk_sum = values_HS + kKeys * padded_H, *dv_sum = dk_sum + kKeys * padded_H;
@@ -173,8 +180,8 @@ void backward_task(const Inputs& in, int64_t b, int64_t m, int64_t key0, int64_t
   const int64_t window = in.window_M[m];
   Tile tile, d_tile;
 
-  for (int64_t first = key0; first < key1; first += kKeys) {
-    const int64_t count = std::min(kKeys, key1 - first), stride = shape.M * H;
+  for (int64_t first = part.key0; first < part.key1; first += kKeys) {
+    const int64_t count = std::min(kKeys, part.key1 - first), stride = shape.M * H;
     const float *k = in.k + in.key(b, first, m), *v = in.v + in.key(b, first, m);
     for (int64_t j = 0; j < count; j += kColumns) {
       pack_transposed(k, stride, H, count, j, keys_HS + j * H);
@@ -229,7 +236,7 @@ void backward_task(const Inputs& in, int64_t b, int64_t m, int64_t key0, int64_t
             multiply_block(seen - passed, d_logits + from, keys + h * kKeys + passed * kColumns, tile);
             const int64_t width = std::min<int64_t>(kColumns, H - h);
             for (int64_t r = 0; r < tile_rows; ++r) {
-              float* to = dq + in.query(b, query0 + i + r, n) + h;
+              float* to = part.dq_LGH + (query0 + i + r) * part.dq_stride + g * H + h;
               for (int64_t j = 0; j < width; ++j) to[j] += tile.at[r][j];
             }
           }
@@ -266,6 +273,34 @@ void backward_task(const Inputs& in, int64_t b, int64_t m, int64_t key0, int64_t
   }
 }
 
+// The KV heads, cut so that none is more than one of `least` equal shares of all the work: a head that sees everything,
+// beside others with a window, would keep one thread busy long after the rest. Their dq is not set.
+std::vector<Part> parts_of(const Inputs& in, int64_t least) {
+  const Shape& shape = in.shape;
+  const int64_t blocks = (shape.S + kKeys - 1) / kKeys, end = in.offset + shape.L;
+  const auto work = [&](int64_t m, int64_t key0, int64_t key1) {  // pairs of queries and keys, block by block
+    int64_t pairs = 0;
+    for (int64_t first = key0; first < key1; first += kKeys) {
+      pairs += std::clamp<int64_t>(end - first, 0, std::min<int64_t>(in.window_M[m], shape.L)) * kKeys;
+    }
+    return pairs;
+  };
+  int64_t total = 0;
+  for (int64_t m = 0; m < shape.M; ++m) total += shape.B * work(m, 0, shape.S);
+  std::vector<Part> parts;
+  for (int64_t b = 0; b < shape.B; ++b) {
+    for (int64_t m = 0; m < shape.M; ++m) {
+      const int64_t share = (work(m, 0, shape.S) * least + total - 1) / std::max<int64_t>(total, 1);
+      const int64_t cuts = std::clamp<int64_t>(share, 1, blocks);
+      for (int64_t i = 0; i < cuts; ++i) {
+        const int64_t key0 = blocks * i / cuts * kKeys, key1 = std::min(blocks * (i + 1) / cuts * kKeys, shape.S);
+        parts.push_back({b, m, key0, key1, work(m, key0, key1), nullptr, 0});
+      }
+    }
+  }
+  return parts;
+}
+
 ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats slope_M, Ints segment_BL,
                    Ints segment_BS, Ints offset, Ints window_M, ffi::Result<Floats> out,
                    ffi::Result<Floats> log_denominator_BNL) {
@@ -298,25 +333,34 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats s
       correction_BNL[head * shape.L + l] = total;
     }
   });
-  // Where there are few heads, threads share a head's keys, each with a dq of its own.
-  const int64_t heads = shape.B * shape.M, blocks = (shape.S + kKeys - 1) / kKeys;
-  const int64_t parts = std::min(blocks, (4 * pool.num_threads() + heads - 1) / heads);
-  float* others = part_scratch.get((parts - 1) * size);
   std::fill(dq->typed_data(), dq->typed_data() + size, 0.0f);
-  std::fill(others, others + (parts - 1) * size, 0.0f);
-  parallel_for(pool, heads * parts, [&](int64_t i) {
-    const int64_t head = i % heads, part = i / heads;
-    const int64_t key0 = blocks * part / parts * kKeys, key1 = std::min(blocks * (part + 1) / parts * kKeys, shape.S);
-    backward_task(in, head / shape.M, head % shape.M, key0, key1, d_out.typed_data(),
-                  log_denominator_BNL.typed_data(), correction_BNL,
-                  part == 0 ? dq->typed_data() : others + (part - 1) * size, dk->typed_data(), dv->typed_data());
+  std::vector<Part> parts = parts_of(in, 2 * pool.num_threads());
+  const int64_t head_size = shape.L * shape.G() * shape.H;
+  int64_t others = 0;
+  for (const Part& part : parts) others += part.key0 > 0;
+  float* other = part_scratch.get(others * head_size);
+  std::fill(other, other + others * head_size, 0.0f);
+  for (Part& part : parts) {
+    part.dq_LGH = part.key0 ? other : dq->typed_data() + in.query(part.b, 0, part.m * shape.G());
+    part.dq_stride = (part.key0 ? shape.G() : shape.N) * shape.H;
+    if (part.key0) other += head_size;
+  }
+  // The longest first, so that none is left over at the end.
+  std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.work > b.work; });
+  parallel_for(pool, parts.size(), [&](int64_t i) {
+    backward_task(in, parts[i], d_out.typed_data(), log_denominator_BNL.typed_data(), correction_BNL,
+                  dk->typed_data(), dv->typed_data());
   });
-  if (parts > 1) {
-    constexpr int64_t kPiece = 1 << 14;
-    parallel_for(pool, (size + kPiece - 1) / kPiece, [&](int64_t piece) {
-      for (int64_t part = 1; part < parts; ++part) {
-        const float* from = others + (part - 1) * size;
-        for (int64_t i = piece * kPiece; i < std::min(size, (piece + 1) * kPiece); ++i) dq->typed_data()[i] += from[i];
+  if (others) {
+    constexpr int64_t kPiece = 64;  // queries
+    parallel_for(pool, (shape.L + kPiece - 1) / kPiece, [&](int64_t piece) {
+      for (const Part& part : parts) {
+        if (part.key0 == 0) continue;
+        for (int64_t l = piece * kPiece; l < std::min(shape.L, (piece + 1) * kPiece); ++l) {
+          const float* from = part.dq_LGH + l * part.dq_stride;
+          float* to = dq->typed_data() + in.query(part.b, l, part.m * shape.G());
+          for (int64_t i = 0; i < part.dq_stride; ++i) to[i] += from[i];
+        }
       }
     });
   }

@@ -101,8 +101,9 @@ def routing_drift(
   }
 
 
+@functools.cache
 def _compare(config: Config):
-  """Returns compare(before, after, batch, budget) -> _Sums, jitted."""
+  """Returns compare(before, after, batch, budget) -> _Sums, jitted; one for all data."""
   model = Transformer(config, traced=True)
 
   @jax.jit

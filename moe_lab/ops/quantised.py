@@ -6,6 +6,7 @@ all. The scale has a sign, so that whichever weight is largest in size can take 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,7 @@ def _fitted(w: jax.Array, importance: jax.Array, book: str):
   return best[0], best[1]
 
 
+@functools.partial(jax.jit, static_argnames=("book", "axis"))
 def quantise(w: jax.Array, book: str, axis: int, importance: jax.Array | None = None) -> Quantised:
   """Returns a weight in 4 bits.
 

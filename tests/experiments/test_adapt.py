@@ -85,6 +85,21 @@ def test_training_on_in_full(place):
   assert result_of(program(place, "evaluate", "--workdir=tuned", "--split=validation"))["val_loss"] > 0
 
 
+@pytest.mark.slow
+def test_the_drift_of_every_way_to_treat_the_router(place):
+  options = (
+    "--config.data.sources=text:other",
+    "--config.train.steps=2",
+    "--seeds=0",
+    "--weights=1",
+    "--workdir=drift",
+  )
+  made = result_of(program(place, "adapter_drift.study", "--base=run", *options))
+  assert list(made["summary"]) == ["frozen", "trained", "held_1"]
+  assert all(row["loss"] > 0 and row["source_router_kl"] >= 0 for row in made["summary"].values())
+  assert json.loads((place / "drift" / "study.json").read_text())["summary"] == made["summary"]
+
+
 @pytest.mark.parametrize(
   ("arguments", "words"),
   [

@@ -15,6 +15,10 @@ from moe_lab.ops.tpu_quantised import tpu_quantised_dot
 from moe_lab.routing.base import Assignment
 from moe_lab.routing.dispatch import dispatch
 
+# Compiled once for all cases of a shape.
+kernel_dot = jax.jit(functools.partial(tpu_quantised_dot, interpret=True))
+plain_dot = jax.jit(unpacked_dot)
+
 EXPERTS, DIM, HIDDEN = 4, 40, 24  # groups of 16 reach beyond both
 GROUPS = {
   "all_rows_used": [8, 4, 4, 4],
@@ -97,21 +101,23 @@ def unpacked_weights(weights, dtype=jnp.float32):
   return ExpertWeights(*(dequantise(q).astype(dtype) for q in weights))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def values_and_gradient(backend, x_RD, weights, groups_E, dy_RD, used):
+  mask_R1 = (jnp.arange(20) < used)[:, None]
+  y, backward = jax.vjp(lambda x: grouped_mlp(x, weights, groups_E, backend=backend) * mask_R1, x_RD)
+  return y, backward(dy_RD)[0]
+
+
 @pytest.mark.parametrize("book", quantised.BOOKS)
 @pytest.mark.parametrize("name", GROUPS)
 def test_experts_in_4_bits_equal_the_unpacked_ones(name, book):
-  x_RD, weights, groups_E, dy_RD, used = random_case(name, book)
-  mask = (jnp.arange(20) < used)[:, None]
-
-  def values_and_gradient(weights, backend):
-    y, backward = jax.vjp(lambda x: grouped_mlp(x, weights, groups_E, backend=backend) * mask, x_RD)
-    return y, backward(dy_RD)[0]
-
-  want = values_and_gradient(unpacked_weights(weights), "reference")
-  got = values_and_gradient(weights, "ragged_dot")
+  x_RD, weights, *rest = random_case(name, book)
+  used = rest[-1]
+  want = values_and_gradient("reference", x_RD, unpacked_weights(weights), *rest)
+  got = values_and_gradient("ragged_dot", x_RD, weights, *rest)
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a[:used], b[:used], atol=2e-5)
-  np.testing.assert_allclose(values_and_gradient(weights, "reference")[0], want[0], atol=1e-6)
+  np.testing.assert_allclose(values_and_gradient("reference", x_RD, weights, *rest)[0], want[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -121,8 +127,7 @@ def test_the_kernel_equals_unpacking(name, book, dtype):
   x_RD, weights, groups_E, _, used = random_case(name, book, dtype)
   for q in (weights.gate_EDF, weights.down_EFD):
     x = x_RD[:, : q.size]
-    got = tpu_quantised_dot(x, q, groups_E, interpret=True)
-    want = unpacked_dot(x, q, groups_E)
+    got, want = kernel_dot(x, q, groups_E), plain_dot(x, q, groups_E)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got[:used], want[:used], atol=1e-5 if dtype == jnp.float32 else 0.02)
 

@@ -1,13 +1,17 @@
-"""Makes a new run of a trained one: in 4 bits, with adapters of low rank, with these merged, or trained on.
+"""Makes a new run of a trained one: in 4 bits, adapted, a mixture of experts of a dense one, or one that spends less.
 
     python -m experiments.adapt --mode=quantise --base=runs/a --config.adapt.weights=nf4 --workdir=runs/a_nf4
     python -m experiments.adapt --mode=lora --base=runs/a --config.data.sources=text:/french --workdir=runs/a_french
     python -m experiments.adapt --mode=merge --base=runs/a_french --workdir=runs/french
     python -m experiments.adapt --mode=finetune --base=runs/a --config.adapt.router=held --workdir=runs/b
+    python -m experiments.adapt --mode=upcycle --base=runs/dense --config.model.num_experts=8 --workdir=runs/moe
+    python -m experiments.adapt --mode=retrofit --base=runs/moe --config.routing.budget=2.4 --workdir=runs/lazy
 
-The configuration is the base's, with overrides as everywhere. The new run loads in experiments.evaluate and
-experiments.generate; WORKDIR/adaptation.json says what was done and how far the choice of experts drifted from the
-base's. lora and finetune train as experiments.train does, and go on when started again with the same line.
+upcycle copies each dense MLP into experts: the same function until it is trained (finetune). retrofit freezes a model
+of fixed k and teaches a policy which tokens can do with fewer experts. The configuration is the base's, with overrides
+as everywhere. The new run loads in experiments.evaluate and experiments.generate; WORKDIR/adaptation.json says what was
+done, how far the choice of experts drifted from the base's, and what fewer experts cost. lora, finetune and retrofit
+train as experiments.train does, and go on when started again with the same line.
 """
 
 import sys
@@ -17,7 +21,6 @@ from absl import flags
 
 from moe_lab.config import modes, program
 from moe_lab.config.load import of_run
-from moe_lab.config.resolve import resolve
 from moe_lab.config.schema import Config
 from moe_lab.errors import UserError
 
@@ -39,11 +42,11 @@ def main(workdir: Path, config: Config | None = None) -> dict:
   if FLAGS.adapter and FLAGS.mode != "merge":
     raise UserError(f"--adapter={FLAGS.adapter}: wanted with --mode=merge only")
   folder = Path(FLAGS.base).expanduser()
-  config = modes.adapted(FLAGS.mode, resolve(of_run(FLAGS.base)), config, folder, FLAGS.adapter)
+  config = modes.adapted(FLAGS.mode, of_run(FLAGS.base), config, folder, FLAGS.adapter)
   from moe_lab.train.base import load_base
 
   base = load_base(folder, FLAGS.step)
-  make = {"quantise": _quantised, "merge": _merged}.get(FLAGS.mode, _trained)
+  make = {"quantise": _quantised, "merge": _merged, "upcycle": _upcycled}.get(FLAGS.mode, _trained)
   return {"mode": FLAGS.mode} | make(base, config, workdir) | {"workdir": workdir}
 
 
@@ -51,7 +54,7 @@ def _quantised(base, config: Config, workdir: Path) -> dict:
   from moe_lab.adapt.quantise import calibrated
   from moe_lab.data.loader import open_data
   from moe_lab.train.adapted import calibration_batches, drift
-  from moe_lab.train.base import check_new, check_readable, check_tokens, write_run
+  from moe_lab.train.base import check_new, check_readable, check_tokens, with_params, write_run
 
   check_new(workdir)
   check_readable(base)
@@ -60,14 +63,33 @@ def _quantised(base, config: Config, workdir: Path) -> dict:
   state, batches = base.state, calibration_batches(data, config)
   params, report = calibrated(base.config, state.params, state.router_state, batches, config.adapt.weights)
   report["drift"] = drift(base, config, params, state.router_state, data)
-  write_run(workdir, config, base, params, data.manifest, sys.argv, report)
+  write_run(workdir, config, base, with_params(state, params, config), data.manifest, sys.argv, report)
+  return report
+
+
+def _upcycled(base, config: Config, workdir: Path) -> dict:
+  import jax
+
+  from moe_lab.adapt.upcycle import upcycled
+  from moe_lab.data.loader import open_data
+  from moe_lab.train.adapted import losses
+  from moe_lab.train.base import check_new, write_run
+  from moe_lab.train.optimizer import make_optimizer
+  from moe_lab.train.state import state_of
+
+  check_new(workdir)
+  params, report = upcycled(base.state.params, config, jax.random.key(config.train.seed))
+  state = state_of(config, params, make_optimizer(config.train))._replace(step=base.state.step)
+  if base.fingerprint:
+    report |= losses(base, config, state, open_data(config.data, program.cache_dir()))
+  write_run(workdir, config, base, state, base.manifest, sys.argv, report)
   return report
 
 
 def _merged(base, config: Config, workdir: Path) -> dict:
   from moe_lab.adapt.tensors import tensors
   from moe_lab.train.adapter import read_adapter, with_adapter
-  from moe_lab.train.base import check_new, write_run
+  from moe_lab.train.base import check_new, with_params, write_run
   from moe_lab.train.state import plain_params
 
   check_new(workdir)
@@ -76,7 +98,7 @@ def _merged(base, config: Config, workdir: Path) -> dict:
     params = with_adapter(params, read_adapter(Path(FLAGS.adapter).expanduser()))
   params = plain_params(params, config)
   report = {"parameters": sum(leaf.size for leaf in tensors(params).values())}
-  write_run(workdir, config, base, params, base.manifest, sys.argv, report)
+  write_run(workdir, config, base, with_params(base.state, params, config), base.manifest, sys.argv, report)
   return report
 
 

@@ -15,7 +15,6 @@ from absl import flags
 
 from moe_lab.config import modes, program
 from moe_lab.config.load import of_run
-from moe_lab.config.resolve import resolve
 from moe_lab.config.schema import Config
 from moe_lab.errors import UserError
 
@@ -46,7 +45,7 @@ def main(workdir: Path, config: Config | None = None) -> dict:
   for arm, fields in arms(weights).items():
     for seed in seeds:
       asked = dataclasses.replace(config.with_seed(seed), adapt=dataclasses.replace(config.adapt, **fields))
-      configs[arm, seed] = modes.adapted("lora", resolve(of_run(FLAGS.base)), asked, folder)
+      configs[arm, seed] = modes.adapted("lora", of_run(FLAGS.base), asked, folder)
   from moe_lab.io.files import dump_json, write_text
   from moe_lab.train.adapted import train_adapted
   from moe_lab.train.base import load_base

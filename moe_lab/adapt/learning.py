@@ -6,13 +6,14 @@ from moe_lab.adapt.tensors import params_of, part_of, tensors
 from moe_lab.config.adapt import AdaptConfig
 from moe_lab.sharding.rules import COPIED
 
+HEADS = tuple(f"{head}_{part}" for head in ("policy", "value") for part in ("in", "bias", "out"))  # of the count policy
 ROUTING = COPIED - {"gain_D", "gain_H"}  # parameters that decide which experts and how many
 
 
 def learns(name: str, adapt: AdaptConfig) -> bool:
   """Returns whether a parameter of this name learns."""
-  if adapt.learns == "nothing":
-    return False
+  if adapt.learns in ("policy", "nothing"):
+    return adapt.learns == "policy" and name in HEADS
   if name in ROUTING:
     return adapt.router != "frozen"
   return adapt.learns == "all" or part_of(name) in ("a", "b")

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
 from moe_lab.config.load import load, of_run
+from moe_lab.config.modes import begun
 from moe_lab.config.resolve import FIELDS, in_words, resolve, unknown_field
 from moe_lab.config.schema import Config
 from moe_lab.errors import ConfigError, UserError, did_you_mean
@@ -109,7 +110,7 @@ def _begun(own: flags.FlagValues) -> ml_collections.ConfigDict | None:
   if spec and base:
     raise UserError(f"--config={spec}: wanted only overrides, --config.SECTION.FIELD=VALUE, of the run in --base")
   if base:
-    return of_run(base)
+    return begun(own["mode"].value if "mode" in own else None, of_run(base), base)
   return load(spec) if spec else None
 
 

@@ -1,6 +1,5 @@
 """A config file (`FILE.py` or `FILE.py:arg`) to its ConfigDict; whatever is wrong with the file is one line."""
 
-import dataclasses
 import re
 import traceback
 from pathlib import Path
@@ -9,6 +8,7 @@ from types import ModuleType
 import ml_collections
 
 from moe_lab.config.resolve import SECTIONS, from_json, nearest_field
+from moe_lab.config.schema import Config
 from moe_lab.errors import UserError, did_you_mean
 
 
@@ -31,8 +31,8 @@ def load(spec: str) -> ml_collections.ConfigDict:
   return config.lock()
 
 
-def of_run(folder: str) -> ml_collections.ConfigDict:
-  """Returns the configuration of the run in a folder, to be overridden like a config file's.
+def of_run(folder: str) -> Config:
+  """Returns the configuration of the run in a folder.
 
   Raises:
     UserError: there is no run, or its configuration cannot be read.
@@ -42,7 +42,7 @@ def of_run(folder: str) -> ml_collections.ConfigDict:
     text = path.read_text(encoding="utf-8")
   except (OSError, ValueError):
     raise UserError(f"--base={folder}: wanted the folder of a trained run, with its config.json") from None
-  return ml_collections.ConfigDict(dataclasses.asdict(from_json(text, source=str(path)))).lock()
+  return from_json(text, source=str(path))
 
 
 def call(spec: str, *, flag: str, function: str, folder: str) -> object:

@@ -19,6 +19,7 @@ _TWO_ROLLOUTS = ("leave_one_out", "greedy")  # baselines that are a second rollo
 _MAY_TAKE_NONE = ("null_experts", "relu", "expert_threshold", "expert_choice", "sequence_topk")
 # Methods whose gates are a choice; the others' are part of them.
 _SLOT_GATES = ("dynamic", "topk", "random_k", "entropy_rule", "sequence_topk")
+_GATES = ("softmax_chosen", "softmax_all", "softmax_unit", "softmax_kept", "sigmoid")
 # Methods that can be trained for a range of budgets.
 _ANY_BUDGET = (
   "dynamic", "random_k", "top_p_pi", "null_experts", "learned_threshold", "entropy_rule", "sequence_topk",
@@ -144,6 +145,7 @@ class RoutingConfig:
   credit_discount: float = 0.5  # share of the next token's loss that is credited one token back
   lambda_min: float = 0.002  # at_most: the least price of an expert, in nats per expert
   # Where the method leaves a choice: softmax_chosen | softmax_all (Switch) | softmax_unit (of length one) | sigmoid |
+  # softmax_kept (as long as softmax_chosen with all k_max: for models trained with so many) |
   # auto, what did best: softmax_chosen for fixed k, softmax_unit where the count varies, softmax_all below 1.5 experts.
   gate: str = "auto"
   # There too: router logits are standardised over the experts, times a learned factor (DTop-p, arXiv 2512.13996).
@@ -176,7 +178,7 @@ class RoutingConfig:
     check_choice("routing.learner", self.learner, learners)
     check_range("routing.second_rollouts", self.second_rollouts, 0, 1, open_low=self.learner in _TWO_ROLLOUTS)
     check_range("routing.warmup_steps", self.warmup_steps, 0)
-    check_choice("routing.gate", self.gate, ("auto", "softmax_chosen", "softmax_all", "softmax_unit", "sigmoid"))
+    check_choice("routing.gate", self.gate, ("auto", *_GATES))
     if self.method not in _SLOT_GATES and self.gate != "auto":
       raise ConfigError("routing.gate", self.gate, f"auto: the method {self.method} has gates of its own")
     check_range("routing.expert_groups", self.expert_groups, 1)
@@ -416,8 +418,8 @@ class Config:
       if self.routing.expert_dropout > 0:
         # Dropped experts could leave a token's groups with too few.
         raise ConfigError("routing.expert_dropout", self.routing.expert_dropout, "0 with routing.expert_groups")
-    if self.routing.freezes_model and self.adapt != AdaptConfig():  # it trains nothing but its own heads
-      raise ConfigError("routing.learner", self.routing.learner, "another learner, where a trained model is adapted")
+    if self.routing.freezes_model and self.adapt.learns == "adapters":  # it trains nothing but its own heads
+      raise ConfigError("routing.learner", self.routing.learner, "another learner, since adapters are to learn")
     if self.routing.freezes_model and self.train.accumulate > 1:
       raise ConfigError("train.accumulate", self.train.accumulate, "1, since routing.learner is ppo")
     if self.routing.two_rollouts:

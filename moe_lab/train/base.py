@@ -19,7 +19,7 @@ from moe_lab.io.files import dump_json, write_text
 from moe_lab.io.run import CARRIED, load_run, open_run
 from moe_lab.train.loop import Start
 from moe_lab.train.optimizer import make_optimizer
-from moe_lab.train.state import TrainState, abstract_plain_params, abstract_state, adapter_key
+from moe_lab.train.state import TrainState, abstract_plain_params, abstract_state, adapter_key, initial_state
 from moe_lab.types import Batch
 
 
@@ -46,10 +46,15 @@ class Base(NamedTuple):
   manifest: list[dict]
   imported: dict
 
-  @property
-  def notes(self) -> dict:
-    """What the run.json of a run that is made of this one says of it."""
-    came = {"imported": self.imported} if self.imported else {}
+  def stays_in_family(self, config: Config) -> bool:
+    """Returns whether a run of this configuration, made of this imported one, can go out as it came in."""
+    return bool(self.imported) and (config.model.num_experts, config.routing.method, config.routing.k) == (
+      self.config.model.num_experts, self.config.routing.method, self.config.routing.k
+    )  # fmt: skip
+
+  def notes(self, config: Config) -> dict:
+    """Returns what the run.json of a run that is made of this one says of it."""
+    came = {"imported": self.imported} if self.stays_in_family(config) else {}
     return {"base": {"workdir": str(self.workdir), "step": self.step}} | came
 
 
@@ -69,37 +74,41 @@ def check_new(workdir: Path) -> None:
     raise UserError(f"--workdir={workdir} is there already: wanted a new folder")
 
 
+def with_params(state: TrainState, params: Any, config: Config) -> TrainState:
+  """Returns a state with other parameters, which the optimizer has not seen yet."""
+  opt_state = make_optimizer(config.train).init(split(params, config.adapt)[0])
+  return state._replace(params=params, opt_state=opt_state)
+
+
 def write_run(
-  workdir: Path, config: Config, base: Base, params: Any, manifest: list[dict], argv: list[str], report: dict
+  workdir: Path, config: Config, base: Base, state: TrainState, manifest: list[dict], argv: list[str], report: dict
 ) -> None:
-  """Writes a run of other parameters with the base's routing state, as training would have left it.
+  """Writes a run that is made of another, as training would have left it.
 
   Args:
     workdir: new.
     config: of the new run; its `adapt` says what form the parameters have.
     base: that they were made of.
-    params: new ones.
+    state: of the new run.
     manifest: of the data.
     argv: the command.
     report: for adaptation.json.
   """
-  optimizer = make_optimizer(config.train)
-  state = base.state._replace(params=params, opt_state=optimizer.init(split(params, config.adapt)[0]))
   with open_run(workdir, config, fingerprint=base.fingerprint, manifest=manifest, argv=argv) as run:
-    run.note(**base.notes)
+    run.note(**base.notes(config))
     with Checkpointer(workdir, keep=1) as checkpointer:
       checkpointer.save(base.step, state, base.meta)
       checkpointer.wait()
-    keep_files(base, workdir)
+    keep_files(base, config, workdir)
     write_text(workdir / "adaptation.json", dump_json(report, indent=2) + "\n")
 
 
-def keep_files(base: Base, workdir: Path) -> None:
-  """Copies the base's tokenizer, and what came with an imported checkpoint, for an export."""
+def keep_files(base: Base, config: Config, workdir: Path) -> None:
+  """Copies the base's tokenizer and, for an export that can be as it came, what came with an imported checkpoint."""
   for name in RUN_FILES:
     if (base.workdir / name).is_file():
       shutil.copyfile(base.workdir / name, workdir / name)
-  if (base.workdir / CARRIED).is_dir():
+  if base.stays_in_family(config) and (base.workdir / CARRIED).is_dir():
     shutil.copytree(base.workdir / CARRIED, workdir / CARRIED, dirs_exist_ok=True)
 
 
@@ -120,13 +129,18 @@ def start_from(base: Base, config: Config, fingerprint: str, calibration: Iterab
   """Returns what training an adapted model begins from: the base's weights in the form that `config.adapt` says.
 
   Args:
-    base: plain, or in the 4 bits that `config` asks for too.
+    base: plain, or in the 4 bits that `config` asks for too; where the trunk is frozen, of fixed counts.
     config: of the new run.
     fingerprint: of the tokenizer that the new run reads with.
     calibration: batches for what is put into 4 bits.
   """
   check_tokens(base, config, fingerprint)
-  params = base.state.params
+  state, params = base.state, base.state.params
+  if config.adapt.trunk == "frozen":
+    new = initial_state(config, make_optimizer(config.train))
+    params = join(params, new.params)  # what the base has, and heads
+    routed = new.router_state._replace(bias_E=state.router_state.bias_E, load_E=state.router_state.load_E)
+    state = new._replace(router_state=routed)
   if config.adapt.weights != base.config.adapt.weights:
     params, _ = calibrated(base.config, params, base.state.router_state, calibration, config.adapt.weights)
   if config.adapt.lora_rank:
@@ -135,8 +149,7 @@ def start_from(base: Base, config: Config, fingerprint: str, calibration: Iterab
     adapter_coverage(plain, added, config)
     params = join(added, params)
   zero = np.zeros((), np.int32)
-  opt_state = make_optimizer(config.train).init(split(params, config.adapt)[0])
-  state = base.state._replace(step=zero, params=params, opt_state=opt_state, skipped_in_a_row=zero)
+  state = with_params(state._replace(step=zero, skipped_in_a_row=zero), params, config)
   held = config.adapt.router == "held"
   reference = split(base.state.params, config.adapt)[0] if held else None
-  return Start(jax.tree.map(np.asarray, state), reference, base.fingerprint, base.notes)
+  return Start(jax.tree.map(np.asarray, state), reference, base.fingerprint, base.notes(config))

@@ -74,7 +74,7 @@ def make_train_step(config: Config, model: Transformer, optimizer: optax.Gradien
       if config.routing.freezes_model:
         new, opt_state = jax.lax.cond(
           frozen,
-          lambda new, opt_state: further_epochs(new, opt_state, state, batch, key, config, model, optimizer),
+          lambda new, opt_state: further_epochs(new, others, opt_state, state, batch, key, config, model, optimizer),
           lambda new, opt_state: (new, opt_state),
           heads_or(new, params, frozen),
           opt_state,

@@ -38,7 +38,12 @@ def retrofitted(base=FIXED, **routing):
   return config, start_from(found, config, "print", []).state, found
 
 
-@pytest.mark.parametrize("learner", ["curvature", "leave_one_out", "ppo", "value"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+  "learner", ["curvature", *(pytest.param(one, marks=SLOW) for one in ("leave_one_out", "ppo", "value"))]
+)
 def test_nothing_but_the_policy_learns(learner):
   config, state, base = retrofitted(learner=learner, budget_range=(1.0, 3.0) if learner == "curvature" else ())
   after, seen = run_steps(config, state, 4)
@@ -54,7 +59,9 @@ def test_nothing_but_the_policy_learns(learner):
   assert all(float(metrics.skipped) == 0 for metrics in seen)
 
 
-@pytest.mark.parametrize("gate", ["softmax_chosen", "softmax_all", "sigmoid"])
+@pytest.mark.parametrize(
+  "gate", ["softmax_chosen", pytest.param("softmax_all", marks=SLOW), pytest.param("sigmoid", marks=SLOW)]
+)
 def test_with_all_experts_it_is_the_base(gate):
   base = dataclasses.replace(FIXED, routing=dataclasses.replace(FIXED.routing, gate=gate))
   config, state, found = retrofitted(base)

@@ -100,9 +100,30 @@ def test_the_drift_of_every_way_to_treat_the_router(place):
   assert json.loads((place / "drift" / "study.json").read_text())["summary"] == made["summary"]
 
 
+@pytest.mark.slow
+def test_dense_then_sparse_then_lazy(place):
+  dense = ("--config.model.num_dense_layers=2", "--config.routing.method=topk", "--config.routing.k=1")
+  result_of(program(place, "train", *SMALL, "--config.data.sources=text:text", *dense, "--workdir=dense"))
+  sizes = ("--config.model.num_experts=8", "--config.model.expert_dim=256", "--config.routing.k=4")
+  made = result_of(adapt(place, "upcycle", *sizes, "--workdir=sparse", base="dense"))
+  assert (made["copies"], made["pieces"]) == (4, 2) and made["tensors"] == {"experts": 6}
+  assert made["loss_after"] == pytest.approx(made["loss_before"], abs=1e-5)
+  tuned = result_of(adapt(place, "finetune", "--config.train.steps=3", "--workdir=tuned_sparse", base="sparse"))
+  assert tuned["val_loss"] > 0
+  options = ("--config.routing.budget=2.5", "--config.train.steps=3", "--workdir=lazy")
+  lazy = result_of(adapt(place, "retrofit", *options, base="tuned_sparse"))
+  found = json.loads((place / "lazy" / "adaptation.json").read_text())["fewer_experts"]
+  assert found["full"]["loss"] == pytest.approx(tuned["val_loss"], rel=1e-5)
+  assert lazy["val_loss"] == pytest.approx(found["policy"][0]["loss"], rel=1e-5)
+  evaluated = result_of(program(place, "evaluate", "--workdir=lazy", "--split=validation"))
+  assert evaluated["val_loss"] == pytest.approx(lazy["val_loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
   ("arguments", "words"),
   [
+    (("--mode=upcycle", "--base=run", "--workdir=new"), ("--base=run", "all dense")),
+    (("--mode=retrofit", "--base=run", "--workdir=new"), ("--base=run", "routing.method = topk", "dynamic")),
     (("--base=run", "--workdir=new"), ("--mode", "quantise", "lora")),
     (("--mode=lora", "--workdir=new"), ("--base", "run to adapt")),
     (("--mode=lroa", "--base=run", "--workdir=new"), ("--mode=lroa", "did you mean 'lora'")),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -56,8 +57,10 @@ class _Process:
     self.contender = contender
     command = [sys.executable, "-m", "benchmarks.worker", json.dumps(dataclasses.asdict(contender))]
     self._errors = tempfile.TemporaryFile("w+")
+    # Contenders share a GPU: none may take most of its memory before it needs it, as jax does.
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     self._process = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
     )
     self.facts = self._answer()
     self.seconds: list[float] = []

@@ -17,6 +17,8 @@ import sys
 import time
 from typing import TextIO
 
+from absl import flags
+
 from benchmarks.case import Case
 from benchmarks.work import Work
 from moe_lab.config.program import keep_freed_memory
@@ -74,6 +76,7 @@ def _time(work: Work, runs: int) -> list[float]:
 def main() -> None:
   """Serves one contender, given as JSON in the first argument."""
   answers = own_stdout()
+  flags.FLAGS.mark_as_parsed()  # libraries look up flags of their own there
   given = json.loads(sys.argv[1])
   contender = Contender(**given | {"case": Case(**given["case"])})
   if contender.keep_memory or contender.side == "ours":  # as our programs do

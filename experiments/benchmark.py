@@ -126,7 +126,8 @@ def _contenders(benchmark: str, cases: list, preset: str) -> list:
   """Returns who is measured at what: ours at every case, the peers where they have such a case."""
   from benchmarks.worker import Contender
 
-  ours = {"attention": ("blocked",) if preset == "gpu" else ("native", "blocked", "reference")}.get(benchmark, ("",))
+  attention = ("flash", "blocked") if preset == "gpu" else ("native", "blocked", "reference")
+  ours = {"attention": attention}.get(benchmark, ("",))
   peers = {"attention": ("",), "data": ("",)}.get(benchmark, ("eager", "grouped_mm"))
   missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
   if FLAGS.peers == "none":

@@ -62,13 +62,13 @@ class ModelConfig:
   tie_embeddings: bool = False
   scale_embeddings: bool = True  # input embeddings are multiplied by sqrt(D)
   dtype: str = "float32"  # of activations: float32 | bfloat16; parameters stay float32
-  # auto | reference | blocked (XLA) | native (CPU kernel, built at first use) | tpu (kernel) | flash (GPU, one
-  # document a row)
+  # auto | reference | blocked (XLA) | native (CPU kernel, built at first use) | tpu (kernel) | flash (kernel,
+  # GPU in bfloat16)
   attention_backend: str = "auto"
-  attention_block: int = 64  # rows of a block of the blocked back end
+  attention_block: int = 0  # rows of a block of the blocked back end; 0: what suits the device
   dispatch: str = "auto"  # auto | dense | capacity | ragged
-  # Of ragged dispatch: auto (native on CPU where it can be built) | native (CPU kernel) | tiles (CPU by XLA) |
-  # ragged_dot (XLA) | tokamax (kernels, GPU and TPU)
+  # Of ragged dispatch: auto (native on CPU where it can be built, tokamax on GPU where installed, ragged_dot on TPU) |
+  # native (CPU kernel) | tiles (loops of XLA, CPU and GPU) | ragged_dot (XLA) | tokamax (kernels, GPU and TPU)
   grouped_matmul: str = "auto"
   capacity_factor: float = 1.25  # rows per expert over the mean load; capacity dispatch only
   remat: str = "none"  # what a layer's backward pass computes again: none | dots (all but matrix products) | full
@@ -76,9 +76,9 @@ class ModelConfig:
   def __post_init__(self):
     for name in (
       "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "num_experts", "expert_dim", "dense_dim",
-      "attention_block",
     ):  # fmt: skip
       check_range(f"model.{name}", getattr(self, name), 1)
+    check_range("model.attention_block", self.attention_block, 0)
     check_range("model.num_dense_layers", self.num_dense_layers, 0, self.num_layers)
     check_range("model.num_shared_experts", self.num_shared_experts, 0)
     check_range("model.shared_dim", self.shared_dim, 0, 0 if self.num_shared_experts else float("inf"))

@@ -4,7 +4,7 @@
 L x S matrix; `blocked` (`blocked_attention.py`, plain XLA), `native` (the CPU
 kernel `cpu/attention.cc`) and `tpu` (`tpu_attention.py`, Pallas) are linear in
 memory, leave out the keys beyond each KV group's window, and share their
-derivative. `flash` (`flash_attention.py`, cuDNN) serves GPUs and some cases.
+derivative. `flash` (`flash_attention.py`, cuDNN) serves training in bfloat16 on GPUs.
 """
 
 import functools
@@ -18,6 +18,8 @@ from einops import rearrange
 from moe_lab.ops import flash_attention, native, tpu_attention
 from moe_lab.ops.blocked_attention import MASKED, blocked_backward, blocked_forward
 from moe_lab.ops.tpu_attention import tpu_backward, tpu_forward
+
+BLOCK, GPU_BLOCK = 64, 1024  # of `blocked`: a GPU waits for the host after each block
 
 
 def reference_attention(q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS, offset):
@@ -107,7 +109,7 @@ def attention(
   offset: jax.Array | int = 0,
   window_M: tuple[int | None, ...] | None = None,
   backend: str = "auto",
-  block: int = 64,
+  block: int = 0,
 ) -> jax.Array:
   """softmax(q.k / sqrt(H) - slope * distance) over earlier keys of the same document.
 
@@ -122,9 +124,9 @@ def attention(
     window_M: how many keys a query of each KV group has to look at, itself included (`alibi.windows`); None, of a group
       or altogether: all. Blocks of keys beyond it are skipped, others are not cut: a wrong window changes the result,
       a right one does not. The reference, which is the definition, looks at everything.
-    backend: reference | blocked | native (CPU) | tpu | flash (GPU, one document a row) | auto: for one block of queries
-      the reference; for more, native on CPU where it can be built, tpu on TPU, and blocked elsewhere.
-    block: rows and columns of a block of `blocked`.
+    backend: reference | blocked | native (CPU) | tpu | flash (GPU) | auto: for one block of queries the reference; for
+      more, native on CPU where it can be built, tpu on TPU, flash on GPU where it serves, and blocked elsewhere.
+    block: rows and columns of a block of `blocked`; 0: what suits the device.
 
   Returns:
     [B, L, N, H], in the queries' dtype.
@@ -133,9 +135,12 @@ def attention(
     ConfigError: the back end was chosen, and there is no such machine here.
   """
   window_M = window_M or (None,) * k_BSMH.shape[2]
+  block = block or (GPU_BLOCK if jax.default_backend() == "gpu" else BLOCK)
   arguments = (q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS, jnp.asarray(offset, jnp.int32))
   if backend == "reference" or (backend == "auto" and q_BLNH.shape[1] <= block):
     return reference_attention(*arguments)
+  if backend == "auto" and flash_attention.serves(q_BLNH, k_BSMH):
+    backend = "flash"
   if backend == "tpu":
     tpu_attention.check_here()
   if backend in ("auto", "blocked", "native", "tpu"):

@@ -4,10 +4,10 @@ Only the first sum(group_sizes) rows hold anything; rows beyond have undefined
 output. Back ends, equal in values and gradients:
 
   reference   every expert on every row, masked: the definition.
-  ragged_dot  `jax.lax.ragged_dot`: for GPU and TPU. On CPU it costs E times
-              the work; `tiled_experts.py` is for there.
+  ragged_dot  `jax.lax.ragged_dot`: for TPU. On CPU and GPU it costs E times
+              the work and memory; `tiled_experts.py` is for there.
   tokamax     kernels of the tokamax library (Mosaic, Triton), which it
-              chooses for the device; an extra of this package.
+              chooses for the device: for GPU; an extra of this package.
 """
 
 import functools
@@ -114,19 +114,41 @@ def _quantised_dot_backward(saved, dy_RF):
 quantised_dot.defvjp(lambda *inputs: (quantised_dot(*inputs), inputs), _quantised_dot_backward)
 
 
-def tokamax_dot(x_RD, w_EDF, group_sizes_E):
-  """As `grouped_dot`, by tokamax."""
+def _tokamax(x, y, group_sizes_E, contracted: tuple[int, int], groups: tuple[int, ...]):
+  """A product over ragged rows by tokamax, float32; `contracted` names a dimension of each, `groups` y's of groups."""
   try:
     import tokamax
   except ImportError:
     wanted = "the tokamax library, pip install -e '.[kernels]', or another back end"
     raise ConfigError("model.grouped_matmul", "tokamax", wanted) from None
-  return tokamax.ragged_dot(x_RD, w_EDF, group_sizes_E, preferred_element_type=jnp.float32)
+  a, b = contracted
+  dims = jax.lax.RaggedDotDimensionNumbers((((a,), (b,)), ((), ())), (0,), groups)
+  return tokamax.ragged_dot_general(x, y, group_sizes_E, dims, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def tokamax_dot(x_RD, w_EDF, group_sizes_E):
+  """As `grouped_dot`, by tokamax."""
+  return _tokamax(x_RD, w_EDF, group_sizes_E, (1, 1), (0,))
+
+
+def _tokamax_dot_backward(saved, dy_RF):
+  # tokamax's own gradient wants the float32 of the result for both factors: kernels for Hopper want one type.
+  x_RD, w_EDF, group_sizes_E = saved
+  dy_RF = dy_RF.astype(x_RD.dtype)
+  dx_RD = _tokamax(dy_RF, w_EDF, group_sizes_E, (1, 2), (0,))
+  dw_EDF = _tokamax(x_RD, dy_RF, group_sizes_E, (0, 0), ())
+  return dx_RD.astype(x_RD.dtype), dw_EDF.astype(w_EDF.dtype), None
+
+
+tokamax_dot.defvjp(lambda *inputs: (tokamax_dot(*inputs), inputs), _tokamax_dot_backward)
 
 
 def _by_dots(x_RD, weights: ExpertWeights, group_sizes_E, dot):
-  if isinstance(weights.gate_EDF, Quantised):
+  if isinstance(weights.gate_EDF, Quantised) and dot is grouped_dot:
     dot = quantised_dot
+  # Kernels for GPU take arrays alone: these are unpacked for them.
+  weights = weights if dot is quantised_dot else ExpertWeights(*(unpacked(w, x_RD.dtype) for w in weights))
   rows = x_RD.shape[0]
   # Only whole blocks of eight rows get a kernel on TPU; others cost E times the work.
   x_RD = jnp.pad(x_RD, ((0, -rows % 8), (0, 0)))
@@ -141,7 +163,8 @@ def grouped_mlp(
 
   Args:
     x_RD: rows, sorted by expert.
-    weights: of all experts, in the rows' dtype, or in 4 bits, which have no gradient.
+    weights: of all experts, in the rows' dtype, or in 4 bits, which have no gradient; ragged_dot alone reads those as
+      they are, on TPU.
     group_sizes_E: int32, rows of each expert, summing to at most R.
     backend: reference | ragged_dot | tokamax.
 

@@ -7,6 +7,8 @@ does not fit; `ragged` computes exactly the rows in use, drops nothing, and has
 room for every slot of every token, so its shapes never change.
 """
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 
@@ -50,9 +52,11 @@ def experts_backend(choice: str, platform: str) -> str:
   """
   if choice != "auto":
     return choice
-  if platform != "cpu":
+  if platform == "tpu":
     return "ragged_dot"
-  return "native" if native.available() else "tiles"
+  if platform == "cpu":
+    return "native" if native.available() else "tiles"
+  return "tokamax" if importlib.util.find_spec("tokamax") else "tiles"
 
 
 def _ragged(x_TD, assignment: Assignment, weights: ExpertWeights, experts: str, tiles: tuple[int, ...] | None):
@@ -94,8 +98,8 @@ def dispatch(
       and unpacked for the others.
     backend: dense | capacity | ragged | auto (ragged).
     capacity: C, rows per expert; `capacity` only. Later tokens are dropped first.
-    experts: what computes the rows of `ragged`: native (CPU) | tiles (CPU without a C++ compiler) | ragged_dot (GPU,
-      TPU) | tokamax | reference | auto (`experts_backend` of the default device).
+    experts: what computes the rows of `ragged`: native (CPU) | tiles (CPU without a C++ compiler, GPU without tokamax)
+      | ragged_dot (TPU) | tokamax (GPU) | reference | auto (`experts_backend` of the default device).
     tiles: see `tiled_experts`; by default `tile_sizes`.
 
   Returns:

@@ -14,6 +14,7 @@ a device, S rows in its buffer of received ones.
 """
 
 import functools
+import importlib.util
 from typing import Any
 
 import jax
@@ -118,7 +119,7 @@ def expert_parallel(
     batch: B.
     exchange: ragged (sends the rows in use) | padded (blocks of the worst case, for CPU, which has no ragged one);
       by default what the mesh's devices can do.
-    grouped_matmul: what computes a device's rows: ragged_dot | tokamax | auto (ragged_dot).
+    grouped_matmul: what computes a device's rows: ragged_dot | tokamax | auto (tokamax on GPU where it is installed).
 
   Returns:
     y_TD in the hidden states' type, spread as the tokens are.
@@ -129,7 +130,9 @@ def expert_parallel(
   if grouped_matmul not in ("auto", "ragged_dot", "tokamax"):
     wanted = "auto, ragged_dot or tokamax, since the experts are spread over devices"
     raise ConfigError("model.grouped_matmul", grouped_matmul, wanted)
-  grouped_matmul = "ragged_dot" if grouped_matmul == "auto" else grouped_matmul
+  if grouped_matmul == "auto":
+    # GPUs have no kernel for ragged_dot; it masks, at E times the work.
+    grouped_matmul = "tokamax" if platform(mesh) == "gpu" and importlib.util.find_spec("tokamax") else "ragged_dot"
   if exchange is None:
     exchange = "padded" if platform(mesh) == "cpu" else "ragged"
   local = functools.partial(_local, devices=mesh.shape[AXIS], exchange=exchange, grouped_matmul=grouped_matmul)

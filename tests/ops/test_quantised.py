@@ -120,6 +120,19 @@ def test_experts_in_4_bits_equal_the_unpacked_ones(name, book):
   np.testing.assert_allclose(values_and_gradient("reference", x_RD, weights, *rest)[0], want[0], atol=1e-6)
 
 
+def test_kernels_of_a_library_get_them_unpacked(monkeypatch):
+  def by_xla(x, y, group_sizes_E, contracted, groups):
+    dims = jax.lax.RaggedDotDimensionNumbers((((contracted[0],), (contracted[1],)), ((), ())), (0,), groups)
+    return jax.lax.ragged_dot_general(x, y, group_sizes_E, dims, preferred_element_type=jnp.float32)
+
+  monkeypatch.setattr("moe_lab.ops.grouped_mlp._tokamax", by_xla)
+  x_RD, weights, *rest = random_case("unused_rows", "nf4")
+  got = values_and_gradient("tokamax", x_RD, weights, *rest)
+  want = values_and_gradient("reference", x_RD, unpacked_weights(weights), *rest)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a[:9], b[:9], atol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("book", quantised.BOOKS)
 @pytest.mark.parametrize("name", GROUPS)

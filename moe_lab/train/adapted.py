@@ -47,15 +47,10 @@ def drift(base: Base, config: Config, params: Any, router_state: RouterState, da
 
 def losses(base: Base, config: Config, state: TrainState, data: Data) -> dict:
   """Returns loss_before and loss_after, of the base and of what was made of it, on a sample of the validation rows."""
-  models = {"loss_before": (base.config, base.state), "loss_after": (config, state)}
+  batches = list(data.eval_batches("validation", config.train.batch_size, CALIBRATION_BATCHES))
   return {
-    name: loss_of(
-      config,
-      routed(state),
-      data.eval_batches("validation", config.train.batch_size, CALIBRATION_BATCHES),
-      data.class_names,
-    )
-    for name, (config, state) in models.items()
+    "loss_before": loss_of(base.config, routed(base.state), batches, data.class_names),
+    "loss_after": loss_of(config, routed(state), batches, data.class_names),
   }
 
 

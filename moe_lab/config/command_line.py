@@ -15,7 +15,8 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
-from moe_lab.config.load import load
+from moe_lab.config.load import load, of_run
+from moe_lab.config.modes import begun
 from moe_lab.config.resolve import FIELDS, in_words, resolve, unknown_field
 from moe_lab.config.schema import Config
 from moe_lab.errors import ConfigError, UserError, did_you_mean
@@ -87,8 +88,9 @@ def parse(
       raise UserError(f"--{name}: wanted {wanted}")
   overrides = flags.FlagValues()
   config = None
-  if "config" in own and own["config"].value:
-    config = load(own["config"].value)
+  if "config" in own:
+    config = _begun(own)
+  if config is not None:
     _define_overrides(overrides, config, rest)
   left = _translated(own, rest, overrides)[1:]
   if len(left) > len(words):
@@ -100,6 +102,16 @@ def parse(
   if "workdir" in own and own["workdir"].value:
     parsed["workdir"] = Path(own["workdir"].value).expanduser()
   return parsed
+
+
+def _begun(own: flags.FlagValues) -> ml_collections.ConfigDict | None:
+  """Returns the configuration before overrides: a file's, or that of the run which a program's `--base` names."""
+  spec, base = own["config"].value, own["base"].value if "base" in own else None
+  if spec and base:
+    raise UserError(f"--config={spec}: wanted only overrides, --config.SECTION.FIELD=VALUE, of the run in --base")
+  if base:
+    return begun(own["mode"].value if "mode" in own else None, of_run(base), base)
+  return load(spec) if spec else None
 
 
 def _define_overrides(overrides: flags.FlagValues, config: ml_collections.ConfigDict, argv: list[str]) -> None:

@@ -7,7 +7,8 @@ from types import ModuleType
 
 import ml_collections
 
-from moe_lab.config.resolve import SECTIONS, nearest_field
+from moe_lab.config.resolve import SECTIONS, from_json, nearest_field
+from moe_lab.config.schema import Config
 from moe_lab.errors import UserError, did_you_mean
 
 
@@ -28,6 +29,20 @@ def load(spec: str) -> ml_collections.ConfigDict:
       "as moe_lab.config.base_config()"
     )
   return config.lock()
+
+
+def of_run(folder: str) -> Config:
+  """Returns the configuration of the run in a folder.
+
+  Raises:
+    UserError: there is no run, or its configuration cannot be read.
+  """
+  path = Path(folder).expanduser() / "config.json"
+  try:
+    text = path.read_text(encoding="utf-8")
+  except (OSError, ValueError):
+    raise UserError(f"--base={folder}: wanted the folder of a trained run, with its config.json") from None
+  return from_json(text, source=str(path))
 
 
 def call(spec: str, *, flag: str, function: str, folder: str) -> object:

@@ -77,8 +77,9 @@ def from_json(text: str, source: str = "config.json") -> Config:
     raw = json.loads(text)
   except ValueError as error:
     raise UserError(f"{source} is not valid JSON: {error}") from None
-  # A file without our sections would otherwise read as all defaults. Runs from before there were meshes have none.
-  missing = [name for name in SECTIONS if name != "mesh" and (not isinstance(raw, dict) or name not in raw)]
+  # A file without our sections would otherwise read as all defaults. Younger ones are not in every run.
+  older = [name for name in SECTIONS if name not in ("mesh", "adapt")]
+  missing = [name for name in older if not isinstance(raw, dict) or name not in raw]
   if missing:
     raise UserError(f"{source} is not the configuration of a run: it has no section {missing[0]!r}")
   try:

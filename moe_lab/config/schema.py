@@ -6,6 +6,7 @@ classes, already checked. Field comments are the reference for users.
 
 import dataclasses
 
+from moe_lab.config.adapt import AdaptConfig
 from moe_lab.config.checks import check_choice, check_range
 from moe_lab.config.mesh import MeshConfig
 from moe_lab.errors import ConfigError
@@ -18,6 +19,7 @@ _TWO_ROLLOUTS = ("leave_one_out", "greedy")  # baselines that are a second rollo
 _MAY_TAKE_NONE = ("null_experts", "relu", "expert_threshold", "expert_choice", "sequence_topk")
 # Methods whose gates are a choice; the others' are part of them.
 _SLOT_GATES = ("dynamic", "topk", "random_k", "entropy_rule", "sequence_topk")
+_GATES = ("softmax_chosen", "softmax_all", "softmax_unit", "softmax_kept", "sigmoid")
 # Methods that can be trained for a range of budgets.
 _ANY_BUDGET = (
   "dynamic", "random_k", "top_p_pi", "null_experts", "learned_threshold", "entropy_rule", "sequence_topk",
@@ -143,6 +145,7 @@ class RoutingConfig:
   credit_discount: float = 0.5  # share of the next token's loss that is credited one token back
   lambda_min: float = 0.002  # at_most: the least price of an expert, in nats per expert
   # Where the method leaves a choice: softmax_chosen | softmax_all (Switch) | softmax_unit (of length one) | sigmoid |
+  # softmax_kept (as long as softmax_chosen with all k_max: for models trained with so many) |
   # auto, what did best: softmax_chosen for fixed k, softmax_unit where the count varies, softmax_all below 1.5 experts.
   gate: str = "auto"
   # There too: router logits are standardised over the experts, times a learned factor (DTop-p, arXiv 2512.13996).
@@ -175,7 +178,7 @@ class RoutingConfig:
     check_choice("routing.learner", self.learner, learners)
     check_range("routing.second_rollouts", self.second_rollouts, 0, 1, open_low=self.learner in _TWO_ROLLOUTS)
     check_range("routing.warmup_steps", self.warmup_steps, 0)
-    check_choice("routing.gate", self.gate, ("auto", "softmax_chosen", "softmax_all", "softmax_unit", "sigmoid"))
+    check_choice("routing.gate", self.gate, ("auto", *_GATES))
     if self.method not in _SLOT_GATES and self.gate != "auto":
       raise ConfigError("routing.gate", self.gate, f"auto: the method {self.method} has gates of its own")
     check_range("routing.expert_groups", self.expert_groups, 1)
@@ -297,17 +300,16 @@ class RoutingConfig:
 class DataConfig:
   """What the model reads.
 
-  A source is `stdlib` (the Python standard library's source and docs),
-  `package:NAME` (the text files of an installed package), `text:PATH`,
-  `jsonl:PATH` (a "text" field a line), `array_record:PATH`, or
-  `synthetic:TASK`. PATH is a file, a folder or a glob. Synthetic tasks do not
-  mix with text.
+  A source is `stdlib` (the Python standard library's source and docs), `package:NAME` (the text files of an installed
+  package), `text:PATH`, `jsonl:PATH` (a "text" field a line), `chat:PATH` (JSON lines of "messages", of which only the
+  answers count), `array_record:PATH`, or `synthetic:TASK`, which does not mix with text. PATH is a file, a folder or a
+  glob.
   """
 
   sources: tuple[str, ...] = ("stdlib",)
   weights: tuple[float, ...] = ()  # mixing weights, one a source; empty: by number of documents
   vocab_size: int = 2048  # V
-  tokenizer: str = ""  # a sentencepiece .model file; empty: train one on the training split, cached
+  tokenizer: str = ""  # a sentencepiece .model file, or a .json; empty: train one on the training split, cached
   seq_len: int = 256  # L
   validation_share: float = 0.05  # of the documents, chosen by a hash of their text
   test_share: float = 0.05
@@ -316,7 +318,7 @@ class DataConfig:
   def __post_init__(self):
     if not self.sources:
       raise ConfigError("data.sources", self.sources, "at least one source")
-    kinds = ("stdlib", "package", "text", "jsonl", "array_record", "synthetic")
+    kinds = ("stdlib", "package", "text", "jsonl", "chat", "array_record", "synthetic")
     for source in self.sources:
       kind, _, path = source.partition(":")
       check_choice("data.sources", kind, kinds)
@@ -384,6 +386,7 @@ class Config:
   data: DataConfig = DataConfig()
   train: TrainConfig = TrainConfig()
   mesh: MeshConfig = MeshConfig()
+  adapt: AdaptConfig = AdaptConfig()
 
   def with_seed(self, seed: int) -> "Config":
     """Returns the same run with another seed: of parameters and draws, and of the data's order."""
@@ -415,16 +418,15 @@ class Config:
       if self.routing.expert_dropout > 0:
         # Dropped experts could leave a token's groups with too few.
         raise ConfigError("routing.expert_dropout", self.routing.expert_dropout, "0 with routing.expert_groups")
+    if self.routing.freezes_model and self.adapt.learns == "adapters":  # it trains nothing but its own heads
+      raise ConfigError("routing.learner", self.routing.learner, "another learner, since adapters are to learn")
     if self.routing.freezes_model and self.train.accumulate > 1:
       raise ConfigError("train.accumulate", self.train.accumulate, "1, since routing.learner is ppo")
     if self.routing.two_rollouts:
       rows = self.train.batch_size // self.train.accumulate
       if round(rows * self.routing.second_rollouts) < 1:
-        raise ConfigError(
-          "routing.second_rollouts",
-          self.routing.second_rollouts,
-          f"at least one sequence of the {rows} in a micro-batch (>= {1 / rows:.3g})",
-        )
+        wanted = f"at least one sequence of the {rows} in a micro-batch (>= {1 / rows:.3g})"
+        raise ConfigError("routing.second_rollouts", self.routing.second_rollouts, wanted)
     self._check_mesh()
 
   def _check_mesh(self) -> None:

@@ -121,6 +121,8 @@ def _cut(data: bytes, start: int, end: int) -> int:
 class JsonlFiles(DocumentSource):
   """A document a line: the string in its "text" field. Blank lines and empty texts are passed over."""
 
+  wanted = 'a JSON object with a "text" on each line'
+
   def _scan(self, file, data):
     start = 0
     for number, line in enumerate(io.BytesIO(data), 1):  # lines end at \n alone: JSON may hold other separators
@@ -136,7 +138,7 @@ class JsonlFiles(DocumentSource):
     return Document(f"{file.name}:{number}", text)
 
   def _text(self, file: FoundFile, line: bytes, start: int, number: int) -> str:
-    text = self._decode(file, line, start)
+    text, found = self._decode(file, line, start), None
     try:
       value = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError alone: an integer of thousands of digits
@@ -144,14 +146,19 @@ class JsonlFiles(DocumentSource):
     else:
       if not isinstance(value, dict):
         fault = "is not an object"
-      elif not isinstance(value.get("text"), str):
-        fault = 'has no string "text"'
-      elif not _encodable(value["text"]):
-        fault = "has half of a surrogate pair in its text"
       else:
-        return value["text"]
-    where = f"({file.name!r} line {number} {fault})"
-    raise ConfigError("data.sources", self.spec, f'a JSON object with a "text" on each line {where}')
+        found, fault = self._field(value)
+        if found is not None and not _encodable(found):
+          found, fault = None, "has half of a surrogate pair in its text"
+    if found is None:
+      raise ConfigError("data.sources", self.spec, f"{self.wanted} ({file.name!r} line {number} {fault})")
+    return found
+
+  def _field(self, value: dict) -> tuple[str | None, str]:
+    """Returns what a line says, or None and what is wrong with it."""
+    if not isinstance(value.get("text"), str):
+      return None, 'has no string "text"'
+    return value["text"], ""
 
 
 def _encodable(text: str) -> bool:

@@ -22,10 +22,9 @@ Pairs = tuple[np.ndarray, np.ndarray]  # int [pairs] of tokens, and of the token
 def pairs(batches: Iterable[Batch]) -> Pairs:
   """Returns the (input, target) pairs that a language model's loss counts: neighbours in the same document."""
   prev, next_ = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
-  for tokens, segments, _ in batches:
-    counts = (segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] > 0)
-    prev.append(tokens[:, :-1][counts])
-    next_.append(tokens[:, 1:][counts])
+  for batch in batches:
+    prev.append(batch.tokens[:, :-1][batch.targets_BL])
+    next_.append(batch.tokens[:, 1:][batch.targets_BL])
   return np.concatenate(prev), np.concatenate(next_)
 
 

@@ -39,4 +39,4 @@ def batches_of_rows(rows: Batch, order: np.ndarray, batch_size: int, max_batches
       return
     chosen = order[start : start + batch_size]
     fill = ((0, batch_size - len(chosen)), (0, 0))
-    yield Batch(*(np.pad(field[chosen], fill) for field in rows))
+    yield Batch(*(field if field is None else np.pad(field[chosen], fill) for field in rows))

@@ -13,6 +13,7 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
+from moe_lab.data.chat import ChatFiles
 from moe_lab.data.formats import ArrayRecordFiles, DocumentSource, FoundFile, JsonlFiles, TextFiles, readable
 from moe_lab.errors import ConfigError
 
@@ -25,8 +26,9 @@ def open_source(spec: str) -> DocumentSource:
   """Opens one source and checks every document of it.
 
   Args:
-    spec: `stdlib`, `package:NAME` (the text files that an installed distribution ships), `text:PATH`, `jsonl:PATH` or
-      `array_record:PATH`; PATH is a file, a folder (read recursively, hidden entries left out) or a glob.
+    spec: `stdlib`, `package:NAME` (the text files that an installed distribution ships), `text:PATH`, `jsonl:PATH`,
+      `chat:PATH` or `array_record:PATH`; PATH is a file, a folder (read recursively, hidden entries left out) or a
+      glob.
 
   Raises:
     ConfigError: names `config.data.sources`; a missing path, a package that is not installed, nothing to read, bytes
@@ -42,10 +44,12 @@ def open_source(spec: str) -> DocumentSource:
     return TextFiles(spec, _find_files(spec, path))
   if kind == "jsonl":
     return JsonlFiles(spec, _find_files(spec, path, (".jsonl",)))
+  if kind == "chat":
+    return ChatFiles(spec, _find_files(spec, path, (".jsonl",)))
   if kind == "array_record":
     # Also sharded names: train.array_record-00000-of-00010.
     return ArrayRecordFiles(spec, _find_files(spec, path, (".array_record", ".arrayrecord")))
-  raise ConfigError("data.sources", spec, "stdlib, package:NAME, text:PATH, jsonl:PATH or array_record:PATH")
+  raise ConfigError("data.sources", spec, "stdlib, package:NAME, text:PATH, jsonl:PATH, chat:PATH or array_record:PATH")
 
 
 def _find_files(spec: str, path: str, markers: tuple[str, ...] = ("",)) -> list[FoundFile]:

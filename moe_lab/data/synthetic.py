@@ -195,7 +195,11 @@ class SyntheticData:
       yield tokens[:, :-1].ravel(), tokens[:, 1:].ravel()
 
   def _rows(self, split: str, start: int, stop: int) -> Batch:
-    return Batch(*(np.stack(field) for field in zip(*(self._row(split, i) for i in range(start, stop)), strict=True)))
+    rows = [self._row(split, index) for index in range(start, stop)]
+    tokens, segments, classes = (
+      np.stack([getattr(row, field) for row in rows]) for field in ("tokens", "segments", "classes")
+    )
+    return Batch(tokens, segments, classes)
 
   def _row(self, split: str, index: int) -> Batch:
     tokens, classes = sample_row(self._task, self.config.seed, split, index, self.config.seq_len + 1)

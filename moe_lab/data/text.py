@@ -11,6 +11,7 @@ import numpy as np
 from grain.experimental import ConcatThenSplitIterDataset, WindowShuffleIterDataset
 
 from moe_lab.config.schema import DataConfig
+from moe_lab.data.chat import ChatFiles, ids_and_counted, ids_of
 from moe_lab.data.formats import DocumentSource
 from moe_lab.data.iterator import Loader
 from moe_lab.data.ngram import Pairs
@@ -27,11 +28,12 @@ _PAIRS_AT_ONCE = 1 << 20
 
 
 class TokenisedDocuments:
-  """The documents of one split of a source as int32 [tokens], begin and end included; tokenised once while they fit."""
+  """The documents of one split of a source as int32 [tokens] of `chat.ids_of`; tokenised once while they fit."""
 
   def __init__(self, source: DocumentSource, positions: np.ndarray, tokenizer: Tokenizer):
     self._source, self._positions, self._tokenizer = source, positions, tokenizer
-    self._dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+    small = tokenizer.vocab_size <= 1 << 16 and not isinstance(source, ChatFiles)
+    self._dtype = np.uint16 if small else np.int32
     self._cache: dict[int, np.ndarray] = {}
     self._room = CACHED_TOKENS
 
@@ -41,8 +43,7 @@ class TokenisedDocuments:
   def __getitem__(self, index: int) -> np.ndarray:
     if index in self._cache:
       return self._cache[index].astype(np.int32)
-    ids = self._tokenizer.encode(self._source[self._positions[index]].text)
-    ids = np.concatenate([[self._tokenizer.bos_id], ids, [self._tokenizer.eos_id]]).astype(np.int32)
+    ids = ids_of(self._source[self._positions[index]], self._tokenizer)
     if len(ids) <= self._room:
       self._room -= len(ids)
       self._cache[index] = ids.astype(self._dtype)
@@ -104,6 +105,7 @@ class TextData:
     }
     self._class_of_token = self.tokenizer.class_of_token()
     self._packed: dict[str, Batch] = {}
+    self._has_answers = any(isinstance(source, ChatFiles) for source in sources)
 
   def train_loader(self, batch_size: int) -> Loader:
     """See `loader.Data`. Weights are shares of the documents drawn."""
@@ -126,9 +128,10 @@ class TextData:
     """See `loader.Data`. Rows come in a fixed random order, so that the first few batches stand for the split."""
     if split not in self._packed:
       documents = (documents[i] for documents in self._documents[split] for i in range(len(documents)))
-      tokens, segments = pack_rows(documents, self.config.seq_len + 1)
+      stored, segments = pack_rows(documents, self.config.seq_len + 1)
+      tokens, counted = ids_and_counted(stored)
       classes = np.where(segments > 0, self._class_of_token[tokens], 0).astype(np.int32)
-      self._packed[split] = Batch(tokens, segments, classes)
+      self._packed[split] = Batch(tokens, segments, classes, counted if self._has_answers else None)
     rows = self._packed[split]
     order = np.random.Generator(np.random.Philox(0)).permutation(len(rows.tokens))
     return batches_of_rows(rows, order, batch_size, max_batches)
@@ -138,7 +141,7 @@ class TextData:
     held, size = [], 0
     for documents in self._documents["train"]:
       for index in range(len(documents)):
-        held.append(documents[index])
+        held.append(ids_and_counted(documents[index])[0])
         size += len(held[-1])
         if size >= _PAIRS_AT_ONCE:
           yield _join(held)
@@ -147,8 +150,9 @@ class TextData:
       yield _join(held)
 
   def _row(self, packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    tokens = packed["tokens"]
-    return {"tokens": tokens, "segments": packed["tokens_segment_ids"], "classes": self._class_of_token[tokens]}
+    tokens, counted = ids_and_counted(packed["tokens"])
+    row = {"tokens": tokens, "segments": packed["tokens_segment_ids"], "classes": self._class_of_token[tokens]}
+    return row | {"counted": counted} if self._has_answers else row
 
   def _seed(self, index: int) -> int:
     # Sources of equal length would otherwise be shuffled alike.

@@ -40,7 +40,7 @@ def make_eval_step(config: Config, model: Transformer) -> EvalStep:
   @jax.jit
   def eval_step(params, router_state: RouterState, batch: Batch, budget, decisions: Decisions = Decisions()):
     token_BL, segment_BL = batch.tokens[:, :-1], batch.segments[:, :-1]
-    weight_BL = ((segment_BL == batch.segments[:, 1:]) & (segment_BL != 0)).astype(jnp.float32)
+    weight_BL = batch.targets_BL.astype(jnp.float32)
     budget_B = jnp.full(token_BL.shape[0], budget, jnp.float32)
     out = model.apply({"params": params}, token_BL, segment_BL, budget_B, router_state, decisions=decisions)
     count_ZBL = out.stats.count_T.reshape(-1, *token_BL.shape)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -17,11 +18,11 @@ def served(params: Any, config: ModelConfig) -> dict:
   """Returns parameters as decoding wants them: layer by layer, matrices in the type that they are multiplied in.
 
   Every step reads all of them, so with bfloat16 that is half the memory and half the time. What routers decide by
-  stays in float32.
+  stays in float32, and what is in 4 bits as it is.
   """
 
   def one(path, leaf):
-    return leaf if path[-1].key in COPIED else leaf.astype(config.dtype)
+    return leaf.astype(config.dtype) if leaf.dtype == jnp.float32 and path[-1].key not in COPIED else leaf
 
   return jax.tree_util.tree_map_with_path(one, unstack_layers(params))
 

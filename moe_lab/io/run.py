@@ -4,6 +4,7 @@ config.json    the resolved configuration
 run.json       code, versions, devices, command, data, and one entry per launch
 lock           the process that is writing, while it is
 metrics.jsonl  tensorboard/  checkpoints/  evaluation.json  report.html
+imported/      the files that came with a checkpoint of somebody else's
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from moe_lab.io.checkpoint import saved_steps
 from moe_lab.io.files import dump_json, write_text
 from moe_lab.io.lock import RunLock
 
+CARRIED = "imported"
 # What may change when a run is continued: how often it reports and where it runs, not what it computes.
 _CADENCE = {
   f"train.{name}" for name in ("log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_lab.config.schema import ModelConfig
-from moe_lab.nn.layers import rms_normalise, scaled_normal
+from moe_lab.nn.layers import rms_normalise
+from moe_lab.nn.weights import Weight
 from moe_lab.ops.alibi import alibi_slopes, windows
 from moe_lab.ops.ring import Ring
 from moe_lab.ops.rotary import rotate
@@ -87,8 +88,7 @@ class Attention(nn.Module):
     config, dim = self.config, x_BLD.shape[-1]
 
     def project(name, heads):
-      kernel = self.param(name, scaled_normal(dim**-0.5), (dim, heads, config.head_dim), jnp.float32)
-      return jnp.einsum("BLD,DNH->BLNH", x_BLD, kernel.astype(x_BLD.dtype))
+      return Weight(self, name, dim**-0.5, (dim, heads, config.head_dim)).project("BLD,DNH->BLNH", x_BLD)
 
     q_BLNH = project("query_DNH", config.num_heads)
     k_BLMH = project("key_DMH", config.num_kv_heads)
@@ -140,8 +140,8 @@ class Attention(nn.Module):
         block=config.attention_block,
       )
     std = self.out_scale * (config.num_heads * config.head_dim) ** -0.5
-    kernel = self.param("out_NHD", scaled_normal(std), (config.num_heads, config.head_dim, dim), jnp.float32)
-    return jnp.einsum("BLNH,NHD->BLD", out_BLNH, kernel.astype(x_BLD.dtype)), cache
+    out = Weight(self, "out_NHD", std, (config.num_heads, config.head_dim, dim))
+    return out.project("BLNH,NHD->BLD", out_BLNH), cache
 
   def _bias(self, name: str, heads: jax.Array) -> jax.Array:
     return self.param(name, nn.initializers.zeros, heads.shape[-2:], jnp.float32).astype(heads.dtype)

@@ -45,12 +45,17 @@ class SharedInputs(NamedTuple):
 
 
 class Block(nn.Module):
-  """Pre-norm attention and MLP or MoE, each added to the residual stream."""
+  """Pre-norm attention and MLP or MoE, each added to the residual stream.
+
+  Attributes:
+    traced: whether the statistics are to have each token's choice of experts.
+  """
 
   model: ModelConfig
   routing: RoutingConfig
   moe: bool
   mesh: jax.sharding.Mesh | None = None
+  traced: bool = False
 
   @nn.compact
   def __call__(
@@ -83,6 +88,6 @@ class Block(nn.Module):
       greedy_T=None if shared.greedy_B is None else per_token(shared.greedy_B),
       caps=None if shared.caps is None else shared.caps._replace(experts=per_token(shared.caps.experts)),
     )
-    moe = MoE(self.model, self.routing, out_scale, self.mesh, name="moe")
+    moe = MoE(self.model, self.routing, out_scale, self.mesh, self.traced, name="moe")
     y_TD, stats = moe(normed_BLD.reshape(-1, dim), context)
     return x_BLD + y_TD.reshape(x_BLD.shape), (stats, cache)

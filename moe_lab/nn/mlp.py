@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moe_lab.nn.layers import scaled_normal
+from moe_lab.nn.weights import Weight
 from moe_lab.ops.grouped_mlp import swiglu
 
 
@@ -21,7 +21,7 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x):
     dim = x.shape[-1]
-    gate = self.param("gate_DF", scaled_normal(dim**-0.5), (dim, self.hidden), jnp.float32)
-    up = self.param("up_DF", scaled_normal(dim**-0.5), (dim, self.hidden), jnp.float32)
-    down = self.param("down_FD", scaled_normal(self.out_scale * self.hidden**-0.5), (self.hidden, dim), jnp.float32)
-    return swiglu(x, gate.astype(x.dtype), up.astype(x.dtype), down.astype(x.dtype))
+    gate = Weight(self, "gate_DF", dim**-0.5, (dim, self.hidden))
+    up = Weight(self, "up_DF", dim**-0.5, (dim, self.hidden))
+    down = Weight(self, "down_FD", self.out_scale * self.hidden**-0.5, (self.hidden, dim))
+    return swiglu(x, gate, up, down, dot=lambda equation, x, w: w.project(equation, x, jnp.float32))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from moe_lab.config.schema import ModelConfig, RoutingConfig
 from moe_lab.nn.layers import scaled_normal
 from moe_lab.nn.mlp import MLP
+from moe_lab.nn.weights import Weight, watch_experts
 from moe_lab.ops.grouped_mlp import ExpertWeights
 from moe_lab.routing.base import RouterContext, RouterStats
 from moe_lab.routing.cap import capped
@@ -24,12 +25,14 @@ class MoE(nn.Module):
   Attributes:
     out_scale: factor on the initial weights of the outputs.
     mesh: of the devices that share the tokens and the experts; None: one device.
+    traced: whether the statistics are to have each token's choice of experts.
   """
 
   model: ModelConfig
   routing: RoutingConfig
   out_scale: float
   mesh: jax.sharding.Mesh | None = None
+  traced: bool = False
 
   @nn.compact
   def __call__(self, x_TD, context: RouterContext) -> tuple[jnp.ndarray, RouterStats]:
@@ -42,19 +45,22 @@ class MoE(nn.Module):
       for name, (shape, std) in router.parameters(model).items()
     }
     assignment, stats = router(parameters, jittered(x_TD, routing.router_jitter, context), context)
+    if not self.traced:
+      stats = stats._replace(choice=None)
     assignment = scattered(assignment, num_experts, routing.gating_dropout, context)
     if context.caps is not None:
       assignment = capped(assignment, context.caps, max(routing.k_min, 1))
       # Of the statistics only the counts are what was spent: the others say what the router wanted, and train nobody.
       stats = stats._replace(count_T=assignment.valid_TK.sum(-1))
 
-    weights = ExpertWeights(
-      gate_EDF=self.param("gate_EDF", scaled_normal(dim**-0.5), (num_experts, dim, hidden), jnp.float32),
-      up_EDF=self.param("up_EDF", scaled_normal(dim**-0.5), (num_experts, dim, hidden), jnp.float32),
-      down_EFD=self.param(
-        "down_EFD", scaled_normal(self.out_scale * hidden**-0.5), (num_experts, hidden, dim), jnp.float32
-      ),
-    )
+    inward, outward = (num_experts, dim, hidden), (num_experts, hidden, dim)
+    declared = [
+      Weight(self, "gate_EDF", dim**-0.5, inward),
+      Weight(self, "up_EDF", dim**-0.5, inward),
+      Weight(self, "down_EFD", self.out_scale * hidden**-0.5, outward),
+    ]
+    weights = ExpertWeights(*(w.stored() for w in declared))
+    watch_experts(self, x_TD, assignment, weights)
     # Capacity drops tokens by their neighbours; at inference (no key) nothing may depend on them.
     backend = "ragged" if model.dispatch == "capacity" and context.key is None else model.dispatch
     batch = context.num_sequences

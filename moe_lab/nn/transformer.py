@@ -10,6 +10,7 @@ from moe_lab.config.schema import Config
 from moe_lab.nn.attention import LayerCache
 from moe_lab.nn.block import Block, LayerInputs, SharedInputs
 from moe_lab.nn.layers import RMSNorm, scaled_normal
+from moe_lab.nn.weights import WATCHED
 from moe_lab.routing.base import Caps, Decisions, RouterState, RouterStats, stats_without_experts
 from moe_lab.sharding.rules import spread
 
@@ -49,11 +50,13 @@ class Transformer(nn.Module):
     mesh: of the devices that share the tokens and the parameters (`sharding/rules.py`); None: one device.
     unrolled: every layer has parameters of its own (`unstack_layers`), and is compiled by itself. A scan copies each
       layer's weights out of the stack, which hardly counts in training and is most of the time of decoding.
+    traced: the statistics have each token's choice of experts.
   """
 
   config: Config
   mesh: jax.sharding.Mesh | None = None
   unrolled: bool = False
+  traced: bool = False
 
   @nn.compact
   def __call__(
@@ -119,6 +122,7 @@ class Transformer(nn.Module):
 
     if stats is None:
       stats = stats_without_experts((segment_BL != 0).reshape(-1), config.num_experts, self.config.routing.slots)
+      stats = stats if self.traced else stats._replace(choice=None)
     x_BLD = RMSNorm(config.norm_epsilon, name="final_norm")(x_BLD)
     head_VD = embedding_VD
     if not config.tie_embeddings:
@@ -128,9 +132,15 @@ class Transformer(nn.Module):
   def _scanned(self, block, name: str, num_layers: int, is_moe: bool, x_BLD, inputs: LayerInputs, shared: SharedInputs):
     """Runs layers whose parameters are stacked, [Z, ...]; so are what they are given and what they return."""
     layers = nn.scan(
-      block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=num_layers
+      block,
+      variable_axes={"params": 0, WATCHED: 0},
+      split_rngs={"params": True},
+      in_axes=(0, nn.broadcast),
+      length=num_layers,
     )
-    return layers(self.config.model, self.config.routing, is_moe, self.mesh, name=name)(x_BLD, inputs, shared)
+    return layers(self.config.model, self.config.routing, is_moe, self.mesh, self.traced, name=name)(
+      x_BLD, inputs, shared
+    )
 
   def _unrolled(
     self, block, name: str, num_layers: int, is_moe: bool, x_BLD, inputs: LayerInputs, shared: SharedInputs
@@ -138,7 +148,7 @@ class Transformer(nn.Module):
     """As `_scanned`, one by one, with parameters NAME_0, NAME_1, ...; only the cache is not stacked."""
     caches, inputs, outputs = inputs.cache or [None] * num_layers, inputs._replace(cache=None), []
     for z, cache in enumerate(caches):
-      layer = block(self.config.model, self.config.routing, is_moe, self.mesh, name=f"{name}_{z}")
+      layer = block(self.config.model, self.config.routing, is_moe, self.mesh, self.traced, name=f"{name}_{z}")
       layer_inputs = jax.tree.map(lambda leaf, z=z: leaf[z], inputs)._replace(cache=cache)
       x_BLD, output = layer(x_BLD, layer_inputs, shared)
       outputs.append(output)

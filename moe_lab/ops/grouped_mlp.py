@@ -19,19 +19,28 @@ import jax
 import jax.numpy as jnp
 
 from moe_lab.errors import ConfigError
+from moe_lab.ops.quantised import Quantised, unpacked
+from moe_lab.ops.tpu_quantised import tpu_quantised_dot
 
 
 class ExpertWeights(NamedTuple):
   """SwiGLU weights (arXiv 2002.05202): (silu(x gate) * (x up)) down."""
 
-  gate_EDF: jax.Array
-  up_EDF: jax.Array
-  down_EFD: jax.Array
+  gate_EDF: jax.Array | Quantised
+  up_EDF: jax.Array | Quantised
+  down_EFD: jax.Array | Quantised
 
 
-def swiglu(x, gate, up, down):
-  """One expert, [..., D] -> [..., D]; the hidden product is taken in float32."""
-  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+def num_experts_of(weights: ExpertWeights) -> int:
+  """Returns E, of weights in whatever form."""
+  return jax.tree.leaves(weights)[0].shape[0]
+
+
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def swiglu(x, gate, up, down, dot=_dot):
+  """One expert, [..., D] -> [..., D]; the hidden product is taken in float32: `dot` of an equation, x and a weight."""
   hidden = jax.nn.silu(dot("...D,DF->...F", x, gate)) * dot("...D,DF->...F", x, up)
   return dot("...F,FD->...D", hidden.astype(x.dtype), down).astype(x.dtype)
 
@@ -42,6 +51,7 @@ def expert_of_row(group_sizes_E, num_rows: int):
 
 
 def _reference(x_RD, weights: ExpertWeights, group_sizes_E):
+  weights = ExpertWeights(*(unpacked(w, x_RD.dtype) for w in weights))
   y_ERD = jax.vmap(swiglu, in_axes=(None, 0, 0, 0))(x_RD, *weights)
   expert_R = expert_of_row(group_sizes_E, x_RD.shape[0])
   return jnp.einsum("ERD,RE->RD", y_ERD, jax.nn.one_hot(expert_R, y_ERD.shape[0], dtype=x_RD.dtype))
@@ -83,6 +93,27 @@ def _grouped_dot_backward(saved, dy_RF):
 grouped_dot.defvjp(lambda *inputs: (grouped_dot(*inputs), inputs), _grouped_dot_backward)
 
 
+def unpacked_dot(x_RD, q_EDF: Quantised, group_sizes_E):
+  """As `grouped_dot`, of matrices in 4 bits, which are all unpacked first."""
+  return jax.lax.ragged_dot(x_RD, unpacked(q_EDF, x_RD.dtype), group_sizes_E, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def quantised_dot(x_RD, q_EDF: Quantised, group_sizes_E):
+  """As `unpacked_dot`; on TPU by a kernel that reads the matrices as they are. They have no gradient."""
+  return jax.lax.platform_dependent(x_RD, q_EDF, group_sizes_E, tpu=tpu_quantised_dot, default=unpacked_dot)
+
+
+def _quantised_dot_backward(saved, dy_RF):
+  x_RD, q_EDF, group_sizes_E = saved
+  w_EFD = unpacked(q_EDF, x_RD.dtype).swapaxes(1, 2)
+  dx_RD = jax.lax.ragged_dot(dy_RF.astype(x_RD.dtype), w_EFD, group_sizes_E, preferred_element_type=jnp.float32)
+  return dx_RD.astype(x_RD.dtype), None, None
+
+
+quantised_dot.defvjp(lambda *inputs: (quantised_dot(*inputs), inputs), _quantised_dot_backward)
+
+
 def _tokamax(x, y, group_sizes_E, contracted: tuple[int, int], groups: tuple[int, ...]):
   """A product over ragged rows by tokamax, float32; `contracted` names a dimension of each, `groups` y's of groups."""
   try:
@@ -114,6 +145,10 @@ tokamax_dot.defvjp(lambda *inputs: (tokamax_dot(*inputs), inputs), _tokamax_dot_
 
 
 def _by_dots(x_RD, weights: ExpertWeights, group_sizes_E, dot):
+  if isinstance(weights.gate_EDF, Quantised) and dot is grouped_dot:
+    dot = quantised_dot
+  # Kernels for GPU take arrays alone: these are unpacked for them.
+  weights = weights if dot is quantised_dot else ExpertWeights(*(unpacked(w, x_RD.dtype) for w in weights))
   rows = x_RD.shape[0]
   # Only whole blocks of eight rows get a kernel on TPU; others cost E times the work.
   x_RD = jnp.pad(x_RD, ((0, -rows % 8), (0, 0)))
@@ -128,7 +163,8 @@ def grouped_mlp(
 
   Args:
     x_RD: rows, sorted by expert.
-    weights: of all experts, in the rows' dtype.
+    weights: of all experts, in the rows' dtype, or in 4 bits, which have no gradient; ragged_dot alone reads those as
+      they are, on TPU.
     group_sizes_E: int32, rows of each expert, summing to at most R.
     backend: reference | ragged_dot | tokamax.
 

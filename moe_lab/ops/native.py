@@ -29,6 +29,7 @@ from moe_lab.errors import RunError
 TARGETS = (
   "experts_forward",
   "experts_backward",
+  "experts_forward_coded",
   "attention_forward",
   "attention_backward",
   "attention_step",

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_lab.ops.grouped_mlp import ExpertWeights
+from moe_lab.ops.quantised import Quantised, matrix_of
 from moe_lab.ops.row_sum import row_sum
 
 # Rows a dot works on, largest first. Long dots run near the machine's peak, the
@@ -50,9 +51,10 @@ def _gather(x_TD, token):
   return x_TD.at[token].get(mode="fill", fill_value=0)
 
 
-def _in_and_out(weights: ExpertWeights, expert):
+def _in_and_out(weights: ExpertWeights, expert, dtype):
   """One expert's weights as two matrices: a dot of twice the width runs better than two."""
-  return jnp.concatenate([weights.gate_EDF[expert], weights.up_EDF[expert]], axis=1), weights.down_EFD[expert]
+  gate_DF, up_DF, down_FD = (matrix_of(w, expert, dtype) for w in weights)
+  return jnp.concatenate([gate_DF, up_DF], axis=1), down_FD
 
 
 def _setup(token_R, gate_R, group_sizes_E, num_tokens: int, tiles: tuple[int, ...]):
@@ -87,7 +89,7 @@ def tiled_experts(
 
   Args:
     x_TD: hidden states.
-    weights: of all experts, in the hidden states' dtype.
+    weights: of all experts, in the hidden states' dtype; or in 4 bits, which have no gradient.
     gate_R: float32, of each row.
     token_R: int32, the token of each row.
     group_sizes_E: int32, rows of each expert; groups follow each other from row 0, unpadded.
@@ -97,7 +99,7 @@ def tiled_experts(
 
   def one_expert(index, y_TD):
     expert = used_first_E[index]
-    w_in, w_out = _in_and_out(weights, expert)
+    w_in, w_out = _in_and_out(weights, expert, x_TD.dtype)
 
     def body(tile, first, y_TD):
       _, _, token, gate = read(expert, first, tile)
@@ -120,11 +122,12 @@ def _backward(tiles, saved, dy_TD):
   # The hidden activations are recomputed, 2 of 11 products: writing and reading them measured slower.
   x_TD, weights, gate_R, token_R, group_sizes_E = saved
   used_first_E, num_used, read = _setup(token_R, gate_R, group_sizes_E, x_TD.shape[0], tiles)
+  learning = not isinstance(weights.gate_EDF, Quantised)
 
   def one_expert(index, carry):
     dx_TD, d_gate_R, d_weights = carry
     expert = used_first_E[index]
-    w_in, w_out = _in_and_out(weights, expert)
+    w_in, w_out = _in_and_out(weights, expert, x_TD.dtype)
 
     def body(tile, first, carry):
       dx_TD, d_gate_R, d_in, d_out = carry
@@ -144,14 +147,17 @@ def _backward(tiles, saved, dy_TD):
       d_both = jnp.concatenate([d_hidden * up * (sigmoid + act * (1 - sigmoid)), d_hidden * act], axis=1)
       d_both = d_both.astype(x.dtype)
       dx = _dot("RF,DF->RD", d_both, w_in)
-      d_in += _dot("RD,RF->DF", x, d_both)
-      d_out += _dot("RF,RD->FD", (hidden * gate).astype(x.dtype), dy)
+      if learning:
+        d_in += _dot("RD,RF->DF", x, d_both)
+        d_out += _dot("RF,RD->FD", (hidden * gate).astype(x.dtype), dy)
       d_gate = jnp.where(inside, d_gate, _rows(d_gate_R, start, tile))
       d_gate_R = jax.lax.dynamic_update_slice_in_dim(d_gate_R, d_gate, start, 0)
       return dx_TD.at[token].add(dx, mode="drop"), d_gate_R, d_in, d_out
 
     zeros = (jnp.zeros(w_in.shape, jnp.float32), jnp.zeros(w_out.shape, jnp.float32))
     dx_TD, d_gate_R, d_in, d_out = _visit(group_sizes_E[expert], tiles, body, (dx_TD, d_gate_R, *zeros))
+    if not learning:
+      return dx_TD, d_gate_R, d_weights
     d_expert = ExpertWeights(*jnp.split(d_in, 2, axis=1), d_out)
     d_weights = jax.tree.map(lambda d, one: d.at[expert].set(one.astype(d.dtype)), d_weights, d_expert)
     return dx_TD, d_gate_R, d_weights
@@ -159,7 +165,7 @@ def _backward(tiles, saved, dy_TD):
   start = (
     jnp.zeros(x_TD.shape, jnp.float32),
     jnp.zeros(gate_R.size + tiles[0]),
-    jax.tree.map(jnp.zeros_like, weights),
+    jax.tree.map(jnp.zeros_like, weights) if learning else None,
   )
   dx_TD, d_gate_R, d_weights = jax.lax.fori_loop(0, num_used, one_expert, start)
   return dx_TD.astype(x_TD.dtype), d_weights, d_gate_R[: gate_R.size], None, None

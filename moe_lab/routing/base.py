@@ -46,6 +46,20 @@ class PolicyTerms(NamedTuple):
   value_T: jax.Array | None
 
 
+class Choice(NamedTuple):
+  """What a layer's router made of each token, to compare two models' routing by; nothing is summed.
+
+  Attributes:
+    logits_TE: float32.
+    expert_TK: int32.
+    valid_TK: bool, slots in use.
+  """
+
+  logits_TE: jax.Array
+  expert_TK: jax.Array
+  valid_TK: jax.Array
+
+
 class RouterStats(NamedTuple):
   """Sums over the real (unpadded) tokens of one layer, float32; scan stacks them to [Z, ...].
 
@@ -61,6 +75,7 @@ class RouterStats(NamedTuple):
     policy: terms of a learned count policy; None for a router without one.
     sums: the method's own sums over tokens by name, for its losses and its state.
     sequences: the balance loss's sums for each sequence; None where it does not go by sequence.
+    choice: of each token; None where the model is not asked for it.
   """
 
   token_count: jax.Array
@@ -74,6 +89,7 @@ class RouterStats(NamedTuple):
   policy: PolicyTerms | None
   sums: dict[str, jax.Array]
   sequences: "SequenceSums | None"
+  choice: Choice | None = None
 
 
 class SequenceSums(NamedTuple):
@@ -183,6 +199,7 @@ def initial_router_state(num_layers: int, num_experts: int) -> RouterState:
 
 def stats_without_experts(mask_T: jax.Array, num_experts: int, slots: int) -> RouterStats:
   """Returns the [1, ...] statistics of a model without experts: one layer, whose tokens take none."""
+  nothing_TK = jnp.zeros((1, mask_T.size, slots), jnp.int32)
   tokens_1 = mask_T.sum(keepdims=True).astype(jnp.float32)
   zeros_1, zeros_1E = jnp.zeros(1), jnp.zeros((1, num_experts))
   return RouterStats(
@@ -197,6 +214,7 @@ def stats_without_experts(mask_T: jax.Array, num_experts: int, slots: int) -> Ro
     policy=None,
     sums={},
     sequences=None,
+    choice=Choice(jnp.zeros((1, mask_T.size, num_experts)), nothing_TK, nothing_TK > 0),
   )
 
 

@@ -28,7 +28,7 @@ from moe_lab.routing.budget import BudgetState
 from moe_lab.routing.budget_table import at, knots, table_shape, targets
 from moe_lab.routing.dynamic import head, policy_features
 from moe_lab.routing.router import Router, per_token
-from moe_lab.routing.selection import assign, replayed, take
+from moe_lab.routing.selection import SAME_LENGTH, TINY, assign, replayed, take
 
 HEAD_WIDTH = 8  # hidden units: 16 and 32 cost more and did no better (experiments/routing_study/LOG.md)
 START = -7.0  # log of the value before learning, in nats: what an expert is worth to a token in a small model
@@ -146,15 +146,17 @@ class CurvatureValued(Router):
     log_gate_TK = take(jax.nn.log_softmax(logits_TE, axis=-1), expert_TK) + np.log(logits_TE.shape[1])
     log_gate_TK = jax.lax.stop_gradient(log_gate_TK)
     features = jnp.concatenate([features, log_gate_TK], axis=1)
-    if self.config.slot_gate == "softmax_unit":  # an expert's gate if it is the last, which is when it is asked about
+    if self.config.slot_gate in SAME_LENGTH:  # an expert's gate if it is the last, which is when it is asked about
       log_gate_TK = log_gate_TK - 0.5 * jnp.log(jnp.cumsum(jnp.exp(2 * log_gate_TK), axis=1))
     return head(parameters, "policy", features) + 2 * log_gate_TK[:, self.config.k_min :]
 
   def _growth(self, gate_TK: jax.Array) -> jax.Array:
     """Returns by how many times a token's other gates grow where an expert is left out: see `observe_value`."""
-    if self.config.slot_gate != "softmax_unit":
+    if self.config.slot_gate not in SAME_LENGTH:
       return jnp.ones_like(gate_TK)
-    return jax.lax.rsqrt(jnp.maximum(1 - jnp.square(jax.lax.stop_gradient(gate_TK)), LEAST_REST))
+    square_TK = jnp.square(jax.lax.stop_gradient(gate_TK))
+    share_TK = square_TK / jnp.maximum(square_TK.sum(1, keepdims=True), TINY)
+    return jax.lax.rsqrt(jnp.maximum(1 - share_TK, LEAST_REST))
 
   def _without_dropout(self, parameters, x_TD, logits_TE, known_TS, context: RouterContext) -> jax.Array:
     """Returns the log values of the experts that inference would take, where none is dropped.

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from moe_lab.ops import native
-from moe_lab.ops.grouped_mlp import ExpertWeights, grouped_mlp, swiglu
-from moe_lab.ops.native_experts import native_experts
+from moe_lab.ops.grouped_mlp import ExpertWeights, grouped_mlp, num_experts_of, swiglu
+from moe_lab.ops.native_experts import native_coded_experts, native_experts
+from moe_lab.ops.quantised import Quantised, cast, unpacked
 from moe_lab.ops.rows import SortedRows, cut, gate_of_row, lay_out, sort_by_expert, to_rows, to_tokens
 from moe_lab.ops.tiled_experts import tile_sizes, tiled_experts
 from moe_lab.routing.base import Assignment
@@ -59,11 +60,12 @@ def experts_backend(choice: str, platform: str) -> str:
 
 
 def _ragged(x_TD, assignment: Assignment, weights: ExpertWeights, experts: str, tiles: tuple[int, ...] | None):
-  num_experts = weights.gate_EDF.shape[0]
+  num_experts = num_experts_of(weights)
   num_tokens, slots = assignment.expert_TK.shape
   if experts == "native":
     expert_TK = jnp.where(assignment.valid_TK, assignment.expert_TK, num_experts).astype(jnp.int32)
-    return native_experts(x_TD, weights, assignment.gate_TK, expert_TK), jnp.zeros(())
+    run = native_coded_experts if isinstance(weights.gate_EDF, Quantised) else native_experts
+    return run(x_TD, weights, assignment.gate_TK, expert_TK), jnp.zeros(())
   pair_R, rows_E = sort_rows(assignment, num_experts)
   used_R = jnp.arange(pair_R.size) < rows_E.sum()
   gate_R = gate_of_row(assignment.gate_TK, pair_R, used_R)
@@ -92,7 +94,8 @@ def dispatch(
   Args:
     x_TD: hidden states.
     assignment: the experts of each token.
-    weights: of all experts; cast to the hidden states' type.
+    weights: of all experts; cast to the hidden states' type. Those in 4 bits are read as they are by ragged dispatch,
+      and unpacked for the others.
     backend: dense | capacity | ragged | auto (ragged).
     capacity: C, rows per expert; `capacity` only. Later tokens are dropped first.
     experts: what computes the rows of `ragged`: native (CPU) | tiles (CPU without a C++ compiler, GPU without tokamax)
@@ -102,7 +105,10 @@ def dispatch(
   Returns:
     y_TD in the hidden states' type, and the number of dropped rows (float32 []).
   """
-  weights = ExpertWeights(*(w.astype(x_TD.dtype) for w in weights))
+  if backend in ("dense", "capacity"):
+    weights = ExpertWeights(*(unpacked(w, x_TD.dtype) for w in weights))
+  else:
+    weights = ExpertWeights(*(cast(w, x_TD.dtype) for w in weights))
   if backend == "dense":
     return _dense(x_TD, assignment, weights)
   if backend == "capacity":

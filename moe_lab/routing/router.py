@@ -9,6 +9,7 @@ from moe_lab.config.schema import ModelConfig, RoutingConfig
 from moe_lab.routing import balance
 from moe_lab.routing.base import (
   Assignment,
+  Choice,
   Observed,
   PolicyTerms,
   RouterContext,
@@ -69,13 +70,14 @@ class Router:
     policy: PolicyTerms | None = None,
     sums: dict[str, jax.Array] | None = None,
   ) -> RouterStats:
-    """Returns the layer's statistics."""
+    """Returns the layer's statistics, each token's choice among them."""
     balance_TE = None
     if self.config.slot_gate == "sigmoid":
       score_TE = jax.nn.sigmoid(logits_TE)
       balance_TE = score_TE / score_TE.sum(-1, keepdims=True)
     num_sequences = context.num_sequences if self.config.balance_scope == "sequence" else None
-    return collect_stats(logits_TE, assignment, context.mask_T, policy, sums, balance_TE, num_sequences)
+    stats = collect_stats(logits_TE, assignment, context.mask_T, policy, sums, balance_TE, num_sequences)
+    return stats._replace(choice=Choice(logits_TE, assignment.expert_TK, assignment.valid_TK))
 
   def losses(self, stats: RouterStats, state: RouterState) -> dict[str, tuple[jax.Array, jax.Array | float]]:
     """Names the method's own losses: value (float32 []) and weight. `stats` and `state` are [Z, ...]."""

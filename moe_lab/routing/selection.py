@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from moe_lab.routing.base import Assignment, RouterContext
 from moe_lab.routing.dropout import dropped_experts
 
+SAME_LENGTH = ("softmax_unit", "softmax_kept")  # gates whose Euclidean length does not hang on the count
 TINY = 1e-12  # square of gates too small to matter; padding has none
 
 
@@ -99,10 +100,10 @@ def assign(
 ) -> Assignment:
   """Gives each token its first `count_T` experts.
 
-  Gates but softmax_unit do not depend on the count: one more expert adds its part and leaves the others' alone, and a
-  token's output grows with its count. Under softmax_unit it keeps its size: outputs of different experts are all but
-  orthogonal, so the sum's length goes with that of the gates. Gates that sum to one shrink it with the count, and
-  models trained so lost from a fourth expert on (experiments/difficulty/LOG.md).
+  Most gates do not depend on the count: one more expert adds its part and leaves the others' alone, and a token's
+  output grows with its count. Under softmax_unit and softmax_kept it keeps its size: outputs of different experts are
+  all but orthogonal, so the sum's length goes with that of the gates. Gates that sum to one shrink it with the count,
+  and models trained so lost from a fourth expert on (experiments/difficulty/LOG.md).
 
   Args:
     logits_TE: of the router.
@@ -112,9 +113,11 @@ def assign(
     gate: softmax_chosen (over the K slots; with count K the gates sum to one: Mixtral, arXiv 2401.04088) |
       softmax_all (over all experts: Switch, arXiv 2101.03961; with one expert the router learns through it) |
       softmax_unit (that, over its Euclidean length over the experts taken; with one expert the constant one) |
+      softmax_kept (softmax_chosen, as long over the experts taken as over all K slots: for a model that was trained
+      with K and is to do with fewer; experiments/retrofit/LOG.md) |
       sigmoid (scores divided by their sum over the K slots: DeepSeek-V3, arXiv 2412.19437).
   """
-  if gate == "softmax_chosen":
+  if gate in ("softmax_chosen", "softmax_kept"):
     gate_TK = jax.nn.softmax(take(logits_TE, expert_TK), axis=-1)
   elif gate in ("softmax_all", "softmax_unit"):
     gate_TK = take(jax.nn.softmax(logits_TE, axis=-1), expert_TK)
@@ -122,7 +125,9 @@ def assign(
     score_TK = jax.nn.sigmoid(take(logits_TE, expert_TK))
     gate_TK = score_TK / score_TK.sum(-1, keepdims=True)
   assignment = first_slots(gate_TK, expert_TK, count_T, mask_T)
-  if gate == "softmax_unit":
+  if gate in SAME_LENGTH:
     square_T1 = jnp.square(assignment.gate_TK).sum(-1, keepdims=True)
-    assignment = assignment._replace(gate_TK=assignment.gate_TK * jax.lax.rsqrt(jnp.maximum(square_T1, TINY)))
+    wanted_T1 = jnp.square(gate_TK).sum(-1, keepdims=True) if gate == "softmax_kept" else 1.0
+    scale_T1 = jnp.sqrt(wanted_T1) * jax.lax.rsqrt(jnp.maximum(square_T1, TINY))
+    assignment = assignment._replace(gate_TK=assignment.gate_TK * scale_T1)
   return assignment

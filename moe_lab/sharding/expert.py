@@ -23,7 +23,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_lab.errors import ConfigError
-from moe_lab.ops.grouped_mlp import ExpertWeights, expert_of_row, grouped_mlp
+from moe_lab.ops.grouped_mlp import ExpertWeights, expert_of_row, grouped_mlp, num_experts_of
+from moe_lab.ops.quantised import Quantised
 from moe_lab.ops.rows import cut, gate_of_row, lay_out, sort_by_expert, to_rows, to_tokens
 from moe_lab.sharding.gather import gathered
 from moe_lab.sharding.rules import parameter_spec, token_spec
@@ -51,17 +52,24 @@ def _ragged_all_to_all(x_RD, send_N, receive_N, num_rows: int):
   return jax.lax.ragged_all_to_all(x_RD, out_SD, first_N, send_N, place_N, receive_N, axis_name=AXIS)
 
 
+def _whole(w, dim: int, dtype):
+  """Returns a weight of which devices along "fsdp" have a part each; one in 4 bits travels so, and has no gradient."""
+  if isinstance(w, Quantised):
+    return jax.tree.map(lambda part: jax.lax.all_gather(part, "fsdp", axis=dim, tiled=True), w)
+  return gathered(w, "fsdp", dim, dtype)
+
+
 def _local(x_BLD, expert_BLK, gate_BLK, valid_BLK, weights, *, devices: int, exchange: str, grouped_matmul: str):
   """One device's part: y_BLD of its tokens, by way of every device's experts."""
   x_TD, expert_TK, gate_TK, valid_TK = (
     leaf.reshape(-1, leaf.shape[-1]) for leaf in (x_BLD, expert_BLK, gate_BLK, valid_BLK)
   )
   num_tokens, slots = expert_TK.shape
-  pairs, own = num_tokens * slots, weights.gate_EDF.shape[0]
+  pairs, own = num_tokens * slots, num_experts_of(weights)
   all_to_all = functools.partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0, tiled=True)
   # Cast here, so that the gradients of devices along "data" are added in float32.
   shared = [name.partition("_")[2].index("D") for name in ExpertWeights._fields]  # the dimension along "fsdp"
-  weights = ExpertWeights(*(gathered(w, "fsdp", dim, x_TD.dtype) for w, dim in zip(weights, shared, strict=True)))
+  weights = ExpertWeights(*(_whole(w, dim, x_TD.dtype) for w, dim in zip(weights, shared, strict=True)))
 
   expert_R = jnp.where(valid_TK, expert_TK, devices * own).reshape(-1)
   pair_R, rows_E = sort_by_expert(expert_R, devices * own)

@@ -25,6 +25,7 @@ PARAMETERS = {  # dimension -> the mesh axis that it is spread over
   "H": None,
   "E": "expert",
   "F": "model",
+  "I": None,
 }
 # Small ones, of which every device has a copy: gains, and what routers decide by, in float32 and alike everywhere.
 COPIED = {

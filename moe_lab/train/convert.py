@@ -21,12 +21,10 @@ from moe_lab.interop.own import export as own
 from moe_lab.interop.own import tokenizer as own_tokenizer
 from moe_lab.interop.tensors import places, read_params, tensors
 from moe_lab.io.checkpoint import Checkpointer
-from moe_lab.io.run import load_run, open_run
+from moe_lab.io.run import CARRIED, load_run, open_run
 from moe_lab.train.load import LoadedModel, load_model
 from moe_lab.train.optimizer import make_optimizer
-from moe_lab.train.state import abstract_state, state_of
-
-CARRIED = "imported"  # the folder of a run with the files that came with its checkpoint
+from moe_lab.train.state import abstract_state, plain_params, state_of
 
 
 def import_checkpoint(source: Path, workdir: Path, argv: list[str]) -> dict:
@@ -77,7 +75,7 @@ def import_checkpoint(source: Path, workdir: Path, argv: list[str]) -> dict:
 
 
 def export_run(workdir: Path, folder: Path, *, family: str | None, dtype: str | None, step: int | None) -> dict:
-  """Writes a run's model as a folder that transformers loads.
+  """Writes a run's model as a folder that transformers loads: what is in 4 bits unpacked, adapters merged.
 
   Args:
     workdir: of the run.
@@ -98,7 +96,8 @@ def export_run(workdir: Path, folder: Path, *, family: str | None, dtype: str | 
   imported = info.get("imported", {})
   original = read_json(workdir / CARRIED / "config.json") if imported else {}
   loaded = load_model(workdir, step)
-  params = {path: np.asarray(leaf) for path, leaf in flatten_dict(loaded.params, sep="/").items()}
+  plain = plain_params(loaded.params, loaded.config)
+  params = {path: np.asarray(leaf) for path, leaf in flatten_dict(plain, sep="/").items()}
   known = (*FAMILIES, own.MODEL_TYPE)
   if family is not None and family not in known:
     raise UserError(f"--family={family}: wanted one of {', '.join(known)}{did_you_mean(family, known)}")

@@ -1,15 +1,18 @@
 """Training from start to result: evaluate, save, read, step, log."""
 
+import functools
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_lab.config.resolve import to_json
 from moe_lab.config.schema import Config
 from moe_lab.data.loader import Data, open_data
-from moe_lab.errors import PREEMPTED, RunError
+from moe_lab.errors import PREEMPTED, ConfigError, RunError
 from moe_lab.evaluate.bigram import bigram_report
 from moe_lab.evaluate.flops import forward_flops_per_token
 from moe_lab.evaluate.held_out import held_out_report
@@ -23,7 +26,7 @@ from moe_lab.io.writers import MetricsWriter, NoWriter, read_metrics
 from moe_lab.nn.transformer import Transformer
 from moe_lab.ops import native
 from moe_lab.sharding.mesh import mesh_or_none
-from moe_lab.sharding.rules import on_devices, state_shardings
+from moe_lab.sharding.rules import on_devices, params_shardings, state_shardings
 from moe_lab.train.losses import num_twins
 from moe_lab.train.metrics import Metrics, merge, summarise
 from moe_lab.train.optimizer import make_optimizer
@@ -59,7 +62,30 @@ class Ledger:
     return self.spent["policy_experts"] / self.spent["policy_tokens"] if self.spent["policy_tokens"] else None
 
 
-def train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_at: int | None = None) -> dict:
+class Start(NamedTuple):
+  """What a run begins from that does not begin with random weights.
+
+  Attributes:
+    state: before the first step, in the form of the run's configuration; arrays of numpy.
+    reference: see `step.make_train_step`; None: the router is not held.
+    fingerprint: of the tokenizer that the weights were trained with.
+    notes: for run.json: where it comes from.
+  """
+
+  state: TrainState
+  reference: Any
+  fingerprint: str
+  notes: dict
+
+
+def train(
+  config: Config,
+  workdir: Path,
+  cache_dir: Path,
+  argv: list[str],
+  stop_at: int | None = None,
+  start: Start | None = None,
+) -> dict:
   """Trains until `config.train.steps`, or continues the run in `workdir`.
 
   On several hosts, each calls it with the same arguments; the first writes.
@@ -70,6 +96,7 @@ def train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_
     cache_dir: for tokenizers.
     argv: the command, for the record.
     stop_at: leave as if preempted after this many steps; for tests of resuming.
+    start: what to begin from, the same at every launch; None: random weights.
 
   Returns:
     The result: what the program prints as its last line.
@@ -80,16 +107,22 @@ def train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_
     SystemExit: 75 after SIGTERM to any process, with everything saved.
   """
   with Preemption() as preemption:  # first, for once hosts have met jax takes SIGTERM and keeps it to itself
-    return _train(config, workdir, cache_dir, argv, stop_at, preemption)
+    return _train(config, workdir, cache_dir, argv, stop_at, start, preemption)
 
 
-def _train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_at, preemption: Preemption) -> dict:
+def _train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_at, start, preemption) -> dict:
   hosts.check_same("the configuration", to_json(config))
   mesh = mesh_or_none(config.mesh)  # first, for it says what does not fit
   data = open_data(config.data, cache_dir)
   hosts.check_same("config.data", [data.fingerprint, data.manifest])
+  if start is not None and start.fingerprint != data.fingerprint:
+    raise ConfigError(
+      "data.tokenizer", config.data.tokenizer, f"the tokenizer of the trained model ({start.fingerprint[:12]})"
+    )
   first = hosts.is_first()
   with open_run(workdir, config, fingerprint=data.fingerprint, manifest=data.manifest, argv=argv) as run:
+    if start is not None:
+      run.note(**start.notes)
     if first and data.tokenizer is not None:
       # So that the run can be used without its data.
       (workdir / data.tokenizer.file_name).write_bytes(data.tokenizer.model)
@@ -100,16 +133,19 @@ def _train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop
       with Progress(config.train.steps, shown=first) as progress:
         if jax.default_backend() == "cpu":
           run.note(cpu_kernels="native" if native.available() else "XLA")
-        return _Training(config, mesh, run, data, checkpointer, writer, progress, preemption, stop_at).run()
+        parts = (config, mesh, run, data, checkpointer, writer, progress, preemption, stop_at, start)
+        return _Training(*parts).run()
 
 
 class _Training:
   """The parts of one launch, so that the loop below reads top to bottom."""
 
-  def __init__(self, config: Config, mesh, run: Run, data: Data, checkpointer, writer, progress, preemption, stop_at):
+  def __init__(
+    self, config: Config, mesh, run: Run, data: Data, checkpointer, writer, progress, preemption, stop_at, start
+  ):
     self.config, self.run_record, self.data = config, run, data
     self.checkpointer, self.writer, self.progress = checkpointer, writer, progress
-    self.mesh, self.stop_at = mesh, stop_at
+    self.mesh, self.stop_at, self.start = mesh, stop_at, start
     self.preempted = AnyPreempted(preemption, mesh)
     self.model, self.optimizer = Transformer(config, self.mesh), make_optimizer(config.train)
     self.eval_step = make_eval_step(config, self.model)
@@ -119,7 +155,11 @@ class _Training:
     """Trains to the end; see `train`."""
     config = self.config.train
     state, step = self._start()
-    train_step = self.preempted.along(make_train_step(self.config, self.model, self.optimizer))
+    train_step = make_train_step(self.config, self.model, self.optimizer)
+    if self.start is not None and self.start.reference is not None:
+      shardings = params_shardings(self.start.reference, self.mesh) if self.mesh else None
+      train_step = functools.partial(train_step, reference=_placed(self.start.reference, shardings))
+    train_step = self.preempted.along(train_step)
     since, first, started = None, step, time.monotonic()
     while step < config.steps:
       if self.preempted.requested() or step == self.stop_at:
@@ -153,8 +193,11 @@ class _Training:
     if self.mesh:
       shardings = state_shardings(abstract, self.mesh)
     if self.checkpointer.latest_step() is None:
-      begin = jax.jit(lambda: initial_state(self.config, self.optimizer), out_shardings=shardings)
-      state, step, meta = begin(), 0, {}
+      if self.start is None:
+        state = jax.jit(lambda: initial_state(self.config, self.optimizer), out_shardings=shardings)()
+      else:
+        state = _placed(self.start.state, shardings)
+      step, meta = 0, {}
     else:
       if shardings:
         abstract = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), abstract, shardings)
@@ -243,6 +286,11 @@ class _Training:
       write_text(self.run_record.workdir / "evaluation.json", dump_json(report | {"result": result}) + "\n")
     self.progress.note(_in_words(result))
     return result
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+  """Returns copies of arrays on the devices: a step takes its state's buffers for itself."""
+  return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(tree)
 
 
 def _in_words(result: dict) -> str:

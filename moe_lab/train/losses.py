@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_lab.config.schema import Config
+from moe_lab.evaluate.drift import divergence
 from moe_lab.nn.transformer import Transformer
 from moe_lab.routing.balance import balance_loss
 from moe_lab.routing.budget_table import draw_budgets
@@ -26,7 +27,7 @@ def num_twins(config: Config, batch_size: int) -> int:
 
 def with_twins(batch: Batch, twins: int) -> Batch:
   """Appends second copies of the first `twins` sequences; they differ by their sampled counts alone."""
-  return Batch(*(jnp.concatenate([rows, rows[:twins]]) for rows in batch))
+  return jax.tree.map(lambda rows: jnp.concatenate([rows, rows[:twins]]), batch)
 
 
 class Inputs(NamedTuple):
@@ -51,7 +52,7 @@ def inputs_of(batch: Batch, key: jax.Array, config: Config) -> Inputs:
     token_BL=batch.tokens[:, :-1],
     target_BL=batch.tokens[:, 1:],
     segment_BL=segment_BL,
-    weight_BL=((segment_BL == batch.segments[:, 1:]) & (segment_BL != 0)).astype(jnp.float32),
+    weight_BL=batch.targets_BL.astype(jnp.float32),
     budget_B=jnp.concatenate([budget_B, budget_B[:twins]]),
     # The learner "greedy" has a second rollout by the rule of inference.
     greedy_B=jnp.arange(rows + twins) >= rows if twins and config.routing.learner == "greedy" else None,
@@ -60,15 +61,26 @@ def inputs_of(batch: Batch, key: jax.Array, config: Config) -> Inputs:
 
 
 def compute_loss(
-  params, state: TrainState, batch: Batch, key, config: Config, model: Transformer, earlier_ZE: jax.Array | float = 0.0
+  params,
+  state: TrainState,
+  batch: Batch,
+  key,
+  config: Config,
+  model: Transformer,
+  earlier_ZE: jax.Array | float = 0.0,
+  before=None,
 ):
   """Returns the total loss (float32 []) and the `Metrics` of one micro-batch.
 
-  `earlier_ZE`: rows by expert of the step's micro-batches before this one.
+  `earlier_ZE`: rows by expert of the step's micro-batches before this one. `before`: parameters of the model that the
+  router is held to; None: to none.
   """
   routing = config.routing
   token_BL, target_BL, segment_BL, weight_BL, budget_B, greedy_B, twins = inputs_of(batch, key, config)
-  out = model.apply({"params": params}, token_BL, segment_BL, budget_B, state.router_state, key=key, greedy_B=greedy_B)
+  if before is not None:
+    model = model.clone(traced=True)
+  inputs = (token_BL, segment_BL, budget_B, state.router_state)
+  out = model.apply({"params": params}, *inputs, key=key, greedy_B=greedy_B)
   # A sequence counts once, however often it is rolled out.
   share_B1 = jnp.where(twin_rows(token_BL.shape[0], twins), 0.5, 1.0)[:, None]
   loss_sum, nll_BL = spread_head_loss(out.hidden_BLD, out.head_VD, target_BL, weight_BL * share_B1, model.mesh)
@@ -83,6 +95,13 @@ def compute_loss(
     ),
     "router_z": (jnp.mean(stats.z_sum / jnp.maximum(stats.token_count, 1)), routing.z_loss_weight),
   }
+  if before is not None:
+    # The same key: the two differ by their weights, not by luck.
+    choice = model.apply({"params": before}, *inputs, key=key, greedy_B=greedy_B).stats.choice
+    real_T = (segment_BL != 0).reshape(-1).astype(jnp.float32)
+    kl_ZT = divergence(jax.lax.stop_gradient(choice), stats.choice)
+    kl = (kl_ZT @ real_T).mean() / jnp.maximum(real_T.sum(), 1)
+    router_losses["router_kl"] = (kl, config.adapt.router_kl_weight)
   losses = {name: loss for name, (loss, _) in router_losses.items()}
   total += sum(weight * loss for loss, weight in router_losses.values())
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moe_lab.adapt.learning import HEADS, join
 from moe_lab.config.schema import Config
 from moe_lab.nn.transformer import Transformer
 from moe_lab.ops.cross_entropy import head_losses
@@ -24,7 +25,6 @@ from moe_lab.train.state import TrainState
 from moe_lab.types import Batch
 
 EPOCHS = 4
-HEADS = tuple(f"{head}_{part}" for head in ("policy", "value") for part in ("in", "bias", "out"))
 
 
 def heads_or(params: Any, others: Any, frozen: jax.Array) -> Any:
@@ -47,6 +47,7 @@ def _with_counts_of(opt_state: optax.OptState, old: optax.OptState) -> optax.Opt
 
 def further_epochs(
   params,
+  others,
   opt_state: optax.OptState,
   state: TrainState,
   batch: Batch,
@@ -58,7 +59,8 @@ def further_epochs(
   """Returns parameters and optimizer state after the epochs that follow the first.
 
   Args:
-    params: after the first epoch.
+    params: that learn, after the first epoch.
+    others: parameters that do not (`adapt/learning.py`).
     opt_state: the same.
     state: before it.
     batch: of the step.
@@ -71,7 +73,7 @@ def further_epochs(
 
   def run(params, decisions: Decisions):
     return model.apply(
-      {"params": params},
+      {"params": join(params, others)},
       inputs.token_BL,
       inputs.segment_BL,
       inputs.budget_B,

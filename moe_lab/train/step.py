@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moe_lab.adapt.learning import join, split
 from moe_lab.config.schema import Config
 from moe_lab.nn.transformer import Transformer
 from moe_lab.routing.registry import make_router
@@ -16,34 +17,45 @@ from moe_lab.train.state import TrainState
 from moe_lab.types import Batch
 
 
-def _gradients(state: TrainState, batch: Batch, key, config: Config, model: Transformer):
-  """Mean gradient and summed metrics over `accumulate` micro-batches."""
+def _gradients(learning, frozen, state: TrainState, batch: Batch, key, config: Config, model: Transformer, reference):
+  """Mean gradient of the parameters that learn, and summed metrics, over `accumulate` micro-batches."""
   parts = config.train.accumulate
-  grad = jax.grad(compute_loss, has_aux=True)
+  before = None if reference is None else join(reference, frozen)
+
+  def loss(learning, state, batch, key, config, model, earlier_ZE=0.0):
+    return compute_loss(join(learning, frozen), state, batch, key, config, model, earlier_ZE, before)
+
+  grad = jax.grad(loss, has_aux=True)
   if parts == 1:
-    return grad(state.params, state, batch, key, config, model)
+    return grad(learning, state, batch, key, config, model)
 
   def one(total, inputs):
     part, part_key = inputs
-    part = grad(state.params, state, part, part_key, config, model, total[1].assigned_ZE)
+    part = grad(learning, state, part, part_key, config, model, total[1].assigned_ZE)
     return jax.tree.map(jnp.add, total, part), None
 
   # Interleaved, so that each micro-batch is a fair sample of a sorted batch.
-  split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-  shapes = jax.eval_shape(lambda: grad(state.params, state, jax.tree.map(lambda x: x[0], split), key, config, model))
+  micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+  shapes = jax.eval_shape(lambda: grad(learning, state, jax.tree.map(lambda x: x[0], micro), key, config, model))
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  (grads, metrics), _ = jax.lax.scan(one, zeros, (split, jax.random.split(key, parts)))
+  (grads, metrics), _ = jax.lax.scan(one, zeros, (micro, jax.random.split(key, parts)))
   metrics = metrics._replace(losses=jax.tree.map(lambda x: x / parts, metrics.losses))
   return jax.tree.map(lambda g: g / parts, grads), metrics
 
 
 def make_train_step(config: Config, model: Transformer, optimizer: optax.GradientTransformation):
-  """Returns train_step(state, batch) -> (state, Metrics), jitted; the state's buffers are donated."""
-  schedule, router = learning_rate_schedule(config.train), make_router(config.routing)
+  """Returns train_step(state, batch, reference=None) -> (state, Metrics), jitted; the state's buffers are donated.
 
-  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+  `reference`: where the router is held, the parameters that learn as they were before (`adapt/learning.py`); beside the
+  frozen ones they are the model whose choice of experts is the measure.
+  """
+  schedule, router = learning_rate_schedule(config.train), make_router(config.routing)
+  routing_rests = config.adapt.router == "frozen"
+
+  def train_step(state: TrainState, batch: Batch, reference=None) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-    grads, metrics = _gradients(state, batch, key, config, model)
+    learning, others = split(state.params, config.adapt)
+    grads, metrics = _gradients(learning, others, state, batch, key, config, model, reference)
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(grad_norm)
 
@@ -53,14 +65,16 @@ def make_train_step(config: Config, model: Transformer, optimizer: optax.Gradien
 
     def update(params, opt_state):
       updates, opt_state = optimizer.update(grads, opt_state, params)
-      seen = observed(metrics)
-      router_state = router.updated_state(state.router_state, seen)
-      budget_state = router.updated_budget(state.budget_state, seen, state.step)
+      router_state, budget_state = state.router_state, state.budget_state
+      if not routing_rests:
+        seen = observed(metrics)
+        router_state = router.updated_state(router_state, seen)
+        budget_state = router.updated_budget(budget_state, seen, state.step)
       new = optax.apply_updates(params, updates)
       if config.routing.freezes_model:
         new, opt_state = jax.lax.cond(
           frozen,
-          lambda new, opt_state: further_epochs(new, opt_state, state, batch, key, config, model, optimizer),
+          lambda new, opt_state: further_epochs(new, others, opt_state, state, batch, key, config, model, optimizer),
           lambda new, opt_state: (new, opt_state),
           heads_or(new, params, frozen),
           opt_state,
@@ -72,11 +86,9 @@ def make_train_step(config: Config, model: Transformer, optimizer: optax.Gradien
 
     # A gradient that is not finite changes nothing but the counters. A branch, since a select between
     # old and new would keep XLA from updating in place: three times the time on CPU.
-    new = TrainState(
-      state.step + 1,
-      *jax.lax.cond(finite, update, skip, state.params, state.opt_state),
-      skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
-    )
+    learning, *rest = jax.lax.cond(finite, update, skip, learning, state.opt_state)
+    skipped_in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+    new = TrainState(state.step + 1, join(learning, others), *rest, skipped_in_a_row=skipped_in_a_row)
     metrics = metrics._replace(
       steps=jnp.ones(()),
       skipped=1.0 - finite,

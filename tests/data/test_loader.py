@@ -55,7 +55,7 @@ def test_what_is_recorded(data, config):
 
 def test_shapes_segments_and_classes(data):
   batch = next(data.train_loader(4))
-  tokens, segments, classes = batch
+  tokens, segments, classes, _ = batch
   assert tokens.shape == segments.shape == classes.shape == (4, 32)
   assert tokens.dtype == segments.dtype == classes.dtype == np.int32
   assert (classes == data.tokenizer.class_of_token()[tokens]).all()

@@ -103,7 +103,9 @@ def test_resume_is_exact(data):
   want = next(loader)
   resumed = data.train_loader(4)
   resumed.set_state(state)
-  for got, field in zip(next(resumed), want, strict=True):
+  *again, counted = next(resumed)
+  assert counted is None  # every token is to be learnt
+  for got, field in zip(again, want[:3], strict=True):
     np.testing.assert_array_equal(got, field)
     assert got.shape == (4, 257) and got.dtype == np.int32
   assert (want.segments == 1).all()

@@ -37,6 +37,16 @@ def test_gates_of_length_one():
   np.testing.assert_array_equal(gradient, 0)
 
 
+def test_gates_that_keep_their_length():
+  # softmax over the slots: 8, 4 and 2 of 14; two of them keep the length sqrt(84), and so does one.
+  gate_TK = assign(LOGITS, EXPERTS, COUNTS, MASK, "softmax_kept").gate_TK
+  want_TK = np.array([[8 / 80**0.5, 4 / 80**0.5, 0], [1, 0, 0]]) * 84**0.5 / 14
+  np.testing.assert_allclose(gate_TK, want_TK, rtol=1e-5)
+  whole = jnp.full(2, 3)
+  kept, chosen = (assign(LOGITS, EXPERTS, whole, MASK, gate).gate_TK for gate in ("softmax_kept", "softmax_chosen"))
+  np.testing.assert_allclose(kept, chosen, rtol=1e-6)  # with all slots nothing is left over
+
+
 def test_auto_is_the_gate_that_did_best_for_the_method():
   kinds = {
     "softmax_chosen": dict(method="topk", k=2),

@@ -37,17 +37,18 @@ def test_the_heads_gradient_by_hand():
   np.testing.assert_allclose(d_log_value, [[0, 0.25], [0, 0]], atol=1e-6)
 
 
-def test_the_target_is_what_leaving_out_the_last_expert_does_to_a_linear_loss():
-  # Gates of length one: without the last expert the others' grow. For a loss linear in the output the first order is
-  # all there is.
+@pytest.mark.parametrize("gate", ["softmax_unit", "softmax_kept"])
+def test_the_target_is_what_leaving_out_the_last_expert_does_to_a_linear_loss(gate):
+  # Gates that keep their length: without the last expert the others' grow. For a loss linear in the output the first
+  # order is all there is.
   rng = np.random.default_rng(1)
   logits_TE, output_TKD, slope_TD = rng.normal(size=(5, 6)), rng.normal(size=(5, 3, 4)), rng.normal(size=(5, 4))
   expert_TK = np.argsort(-logits_TE, axis=1)[:, :3]
-  router = make_router(dataclasses.replace(CONFIG, gate="softmax_unit"))
+  router = make_router(dataclasses.replace(CONFIG, gate=gate))
 
   def gates(count):
     counts = jnp.full(5, count)
-    return assign(jnp.asarray(logits_TE), jnp.asarray(expert_TK), counts, jnp.ones(5, bool), "softmax_unit").gate_TK
+    return assign(jnp.asarray(logits_TE), jnp.asarray(expert_TK), counts, jnp.ones(5, bool), gate).gate_TK
 
   def loss_T(gate_TK):
     return jnp.einsum("TK,TKD,TD->T", gate_TK, output_TKD, slope_TD)

@@ -249,7 +249,7 @@ class MoE(nn.Module):
     at_budget = read_table(self.threshold_J, budget, routing["budget_range"])
     if self.by_value:  # log value of each further expert; on as long as it is worth its price
       if not by_token:
-        if routing["gate"] == "softmax_unit":
+        if routing["gate"] in ("softmax_unit", "softmax_kept"):
           log_gate_TK = log_gate_TK - 0.5 * (2 * log_gate_TK).exp().cumsum(1).log()
         head = head + 2 * log_gate_TK[:, k_min:]
       goes_on = (head > at_budget) & (budget > k_min)
@@ -261,15 +261,16 @@ class MoE(nn.Module):
   def gates(self, logits_TE, expert_TK, valid_TK):
     """Returns gate_TK, 0 in slots that are not valid."""
     kind, chosen_TK = self.routing["gate"], logits_TE.gather(1, expert_TK)
-    if kind == "softmax_chosen":
+    if kind in ("softmax_chosen", "softmax_kept"):
       gate_TK = chosen_TK.softmax(-1)
     elif kind == "sigmoid":
       gate_TK = chosen_TK.sigmoid() / chosen_TK.sigmoid().sum(-1, keepdim=True)
     else:
       gate_TK = logits_TE.softmax(-1).gather(1, expert_TK)
+    wanted_T1 = gate_TK.square().sum(-1, keepdim=True) if kind == "softmax_kept" else 1.0
     gate_TK = gate_TK * valid_TK
-    if kind == "softmax_unit":
-      gate_TK = gate_TK * torch.rsqrt(gate_TK.square().sum(-1, keepdim=True).clamp(min=1e-12))
+    if kind in ("softmax_unit", "softmax_kept"):
+      gate_TK = gate_TK * wanted_T1**0.5 * torch.rsqrt(gate_TK.square().sum(-1, keepdim=True).clamp(min=1e-12))
     return gate_TK
 
   def forward(self, x_TD, embedding_TD, mask_T, budget):

@@ -284,6 +284,66 @@ ffi::Error forward(ffi::ThreadPool pool, Floats x_TD, Floats gate_EDF, Floats up
   return ffi::Error::Success();
 }
 
+// One matrix of those in 4 bits (moe_lab/ops/quantised.py): groups of kGroup rows, of which byte j has row j in its low
+// bits and row j + kGroup / 2 in its high ones, and a scale for each column.
+constexpr int64_t kGroup = 16;
+
+struct Coded {
+  const uint8_t *codes, *scale;  // [E, kGroup / 2 * groups, columns], [E, groups, columns]
+  int64_t groups, columns;
+};
+
+Coded coded_of(const Bytes& codes, const Bytes& scale) {
+  return {codes.typed_data(), scale.typed_data(), scale.dimensions()[1], scale.dimensions()[2]};
+}
+
+// Writes `rows` rows of an expert's matrix; value_16 has the codes' values, scale_256 the scales' by their bits.
+void unpack(const Coded& w, int64_t expert, int64_t rows, const float* value_16, const float* scale_256, float* to) {
+  constexpr int64_t kHalf = kGroup / 2;
+  const int64_t columns = w.columns;
+  const uint8_t *codes = w.codes + expert * w.groups * kHalf * columns, *bits = w.scale + expert * w.groups * columns;
+  thread_local Scratch scratch;
+  float* scale = scratch.get(columns);
+  for (int64_t group = 0; group < w.groups; ++group, bits += columns) {
+    for (int64_t f = 0; f < columns; ++f) scale[f] = scale_256[bits[f]];
+    for (int64_t j = 0; j < kHalf; ++j, codes += columns) {
+      const int64_t low = group * kGroup + j, high = low + kHalf;
+      if (low < rows) {
+        for (int64_t f = 0; f < columns; ++f) to[low * columns + f] = value_16[codes[f] & 15] * scale[f];
+      }
+      if (high < rows) {
+        for (int64_t f = 0; f < columns; ++f) to[high * columns + f] = value_16[codes[f] >> 4] * scale[f];
+      }
+    }
+  }
+}
+
+// As `forward`, of experts in 4 bits: a thread unpacks the one that it works on, and nobody those without rows.
+ffi::Error forward_coded(ffi::ThreadPool pool, Floats x_TD, Bytes gate_codes, Bytes gate_scale, Bytes up_codes,
+                         Bytes up_scale, Bytes down_codes, Bytes down_scale, Floats value_16, Floats scale_256,
+                         Ints expert_TK, Floats gate_TK, ffi::Result<Floats> y_TD) {
+  thread_local Scratch scratch;
+  const Coded gate = coded_of(gate_codes, gate_scale), up = coded_of(up_codes, up_scale);
+  const Coded down = coded_of(down_codes, down_scale);
+  const int64_t D = x_TD.dimensions()[1], F = gate.columns, K = expert_TK.dimensions()[1];
+  const float *values = value_16.typed_data(), *scales = scale_256.typed_data();
+  const Rows rows(expert_TK.typed_data(), expert_TK.element_count(), gate_codes.dimensions()[0]);
+  const std::vector<Item> items = items_of(rows, pool.num_threads());
+  float* y_RD = scratch.get(rows.pair_R.size() * D);
+  parallel_for(pool, items.size(), [&](int64_t i) {
+    thread_local Scratch unpacked;
+    float *gate_DF = unpacked.get(3 * D * F), *up_DF = gate_DF + D * F, *down_FD = up_DF + D * F;
+    Item item = items[i];
+    unpack(gate, item.expert, D, values, scales, gate_DF);
+    unpack(up, item.expert, D, values, scales, up_DF);
+    unpack(down, item.expert, F, values, scales, down_FD);
+    item.expert = 0;
+    forward_item({gate_DF, up_DF, down_FD, D, F}, item, rows, x_TD.typed_data(), K, y_RD);
+  });
+  combine(pool, rows, y_RD, gate_TK.typed_data(), K, D, y_TD->typed_data());
+  return ffi::Error::Success();
+}
+
 ffi::Error backward(ffi::ThreadPool pool, Floats x_TD, Floats gate_EDF, Floats up_EDF, Floats down_EFD, Ints expert_TK,
                     Floats gate_TK, Floats dy_TD, ffi::Result<Floats> dx_TD, ffi::Result<Floats> d_gate_EDF,
                     ffi::Result<Floats> d_up_EDF, ffi::Result<Floats> d_down_EFD, ffi::Result<Floats> d_gate_TK) {
@@ -335,3 +395,4 @@ ffi::Error backward(ffi::ThreadPool pool, Floats x_TD, Floats gate_EDF, Floats u
 
 MOE_LAB_KERNEL(experts_forward, forward);
 MOE_LAB_KERNEL(experts_backward, backward);
+MOE_LAB_KERNEL(experts_forward_coded, forward_coded);

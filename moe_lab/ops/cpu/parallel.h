@@ -17,6 +17,7 @@ namespace moe_lab {
 namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
+using Bytes = ffi::Buffer<ffi::U8>;
 
 // Runs body(i) for i in [0, count), in no order. The caller works too and takes all if no other thread is free, so a
 // busy pool delays but never blocks it.

@@ -15,30 +15,46 @@ def in_words(found: dict) -> str:
 
 def page_of(study: dict, command: str) -> str:
   """Returns the page of `study.json`'s content."""
-  drawings = "".join(figure(_curve(study, arm), f"{arm}: means over seeds.") for arm in _arms(study["summary"]))
+  arms = _arms(study["summary"])
+  drawings = figure(_policies(study["summary"], arms), "The policies alone: means over seeds.")
+  drawings += "".join(figure(_curve(study, arm), f"{arm}, and its controls: means over seeds.") for arm in arms)
   body = f'<div class="pair">{drawings}</div><pre>{escape(table(study["summary"]))}</pre>'
   intro = f"<p><code>{escape(command)}</code></p>"
   return page("Fewer experts of a trained model", intro, [(f"Loss against experts, {study['split']} split", body)])
 
 
 def _arms(summary: list[dict]) -> list[str]:
-  return list(dict.fromkeys(row["arm"] for row in summary))
+  """Returns the arms that have a curve: policies of one budget are in the table."""
+  every = [row["arm"] for row in summary]
+  return [arm for arm in dict.fromkeys(every) if every.count(arm) > 1]
+
+
+def _points(summary: list[dict], arm: str, kind: str) -> list[tuple[float, float]]:
+  return sorted((row[f"{kind}_experts"], 100 * row[f"{kind}_rise"]) for row in summary if row["arm"] == arm)
+
+
+def _chart(series: list[Series], title: str) -> str:
+  return line_chart(
+    series, title=title, x_label="mean experts per token", y_label="rise of the loss, %", include_zero=True
+  )
+
+
+def _policies(summary: list[dict], arms: list[str]) -> str:
+  series = [Series(arm, _points(summary, arm, "policy"), color, "dots") for color, arm in enumerate(arms, 1)]
+  return _chart(series, "policies")
 
 
 def _curve(study: dict, arm: str) -> str:
-  rows = [row for row in study["summary"] if row["arm"] == arm]
-  series = [Series("policy", sorted((row["policy_experts"], 100 * row["policy_rise"]) for row in rows), 1, "dots")]
+  series = [Series("policy", _points(study["summary"], arm, "policy"), 1, "dots")]
   for color, (kind, words) in enumerate(CONTROLS.items(), 2):
-    series.append(Series(words, sorted((row[f"{kind}_experts"], 100 * row[f"{kind}_rise"]) for row in rows), color))
+    series.append(Series(words, _points(study["summary"], arm, kind), color))
   runs = [run for run in study["runs"] if run["arm"] == arm]
   fixed = [
     (float(index + 1), 100 * statistics.fmean(run["fixed"][index]["rise"] for run in runs))
     for index in range(len(runs[0]["fixed"]))
   ]
   series.append(Series("fixed counts", [*fixed, (runs[0]["full"]["experts"], 0.0)], 4, "dots"))
-  return line_chart(
-    series, title=arm, x_label="mean experts per token", y_label="rise of the loss, %", include_zero=True
-  )
+  return _chart(series, arm)
 
 
 def table(summary: list[dict]) -> str:

@@ -23,9 +23,9 @@ CONFIG = Path(__file__).parents[2] / "configs/retrofit.py"
 BUDGETS = (1.0, 4.0)  # mean experts: the range of a policy of any budget
 ARMS = {  # fields of config.routing
   "curvature": {"learner": "curvature"},
-  "curvature, any budget": {"learner": "curvature", "budget_range": BUDGETS},
-  "leave-one-out": {"learner": "leave_one_out"},
-  "PPO": {"learner": "ppo"},
+  "curvature_any": {"learner": "curvature", "budget_range": BUDGETS},
+  "leave_one_out": {"learner": "leave_one_out"},
+  "ppo": {"learner": "ppo"},
 }
 
 FLAGS = flags.FlagValues()
@@ -55,7 +55,7 @@ def main(workdir: Path) -> dict:
   for index, seed in enumerate(seeds):
     folder = Path(FLAGS.bases[index]).expanduser() if FLAGS.bases else _base(workdir / f"base-{seed}", seed)
     for arm in FLAGS.arms:
-      found = _policy(folder, workdir / f"{arm.replace(', ', '-').replace(' ', '_')}-{seed}", arm, seed)
+      found = _policy(folder, workdir / f"{arm}-{seed}", arm, seed)
       runs.append({"arm": arm, "seed": seed} | found)
       print(f"{arm} {seed}: {page.in_words(found)}", file=sys.stderr, flush=True)
   study = {"split": FLAGS.split, "runs": runs, "summary": summarised(runs)}

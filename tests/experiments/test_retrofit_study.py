@@ -20,8 +20,8 @@ def measured(policy, random, alike, one):
 
 
 RUNS = [
-  {"arm": "curvature, any budget", "seed": 0} | measured(0.004, 0.02, 0.012, 0.05),
-  {"arm": "curvature, any budget", "seed": 1} | measured(0.008, 0.04, 0.024, 0.03),
+  {"arm": "curvature_any", "seed": 0} | measured(0.004, 0.02, 0.012, 0.05),
+  {"arm": "curvature_any", "seed": 1} | measured(0.008, 0.04, 0.024, 0.03),
 ]
 
 
@@ -43,7 +43,7 @@ def test_a_mistake_is_a_line(tmp_path):
   study.FLAGS(["study", "--arms=curvture"])
   with pytest.raises(UserError, match="--arms=curvture: wanted some of curvature.*did you mean 'curvature'"):
     study.main(tmp_path)
-  study.FLAGS(["study", "--arms=PPO", "--bases=one"])
+  study.FLAGS(["study", "--arms=ppo", "--bases=one"])
   with pytest.raises(UserError, match="--bases=one: wanted 3, one for each of --seeds"):
     study.main(tmp_path)
   study.FLAGS.unparse_flags()

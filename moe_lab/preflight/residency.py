@@ -232,10 +232,10 @@ def lru_misses(expert_ZTK: np.ndarray, valid_ZTK: np.ndarray, capacity: int | Se
 
 def report(config: Config, made: Plan, context: int, sequences: int) -> dict:
   """Returns a plan as a program's result: all of `Plan` in bytes, counts, and what a token moves."""
-  resident_Z = made.resident_ZE.sum(1)
+  resident_Z, weights = made.resident_ZE.sum(1), config.adapt.weights
   return {
     "program": "offload",
-    "weights": config.adapt.weights,
+    "weights": config.model.dtype if weights == "float32" else weights,  # as they are held
     "memory_bytes": made.memory,
     "context": context,
     "sequences": sequences,
@@ -258,13 +258,13 @@ def report(config: Config, made: Plan, context: int, sequences: int) -> dict:
 
 def table(result: dict) -> str:
   """Returns a `report` in lines for people; GB are 10^9 bytes."""
-  weights = result["weight_bytes"]
+  rest = {family: size for family, size in result["weight_bytes"].items() if size and family != "experts"}
   held, whole = result["experts_resident"], result["experts"]
   resident_experts = held * result["expert_bytes"]
   rows = [
     ("memory", f"{_gb(result['memory_bytes'])} GB"),
     ("resident", f"{_gb(result['resident_bytes'])} GB"),
-    *((f"  {family.replace('_', ' ')}", _size(size)) for family, size in weights.items() if family != "experts"),
+    *((f"  {family.replace('_', ' ')}", _size(size)) for family, size in rest.items()),
     (
       "  keys and values",
       f"{_size(result['cache_bytes'])}, sequences of {result['context']:,} tokens: {result['sequences']}",

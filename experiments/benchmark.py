@@ -7,6 +7,7 @@
     python -m experiments.benchmark long_attention   # half an hour: 16K to 256K tokens, with and without skipping
     python -m experiments.benchmark tpu_compile|tpu_long_context      # ahead of time, without a TPU; needs libtpu
     python -m experiments.benchmark presets|weak_scaling              # half an hour each: preflights, likewise
+    python -m experiments.benchmark offload                           # a plan for 24 GB, in seconds
 
 Contenders take turns, each in a process of its own. The table goes to stderr
 and, with the figures and the machine, into dated files under --out; the result
@@ -33,6 +34,7 @@ REPORTS = (
   "tpu_long_context",
   "weak_scaling",
   "presets",
+  "offload",
 )  # each decides for itself what it measures
 BENCHMARKS = ("train_step", "moe_layer", "attention", "decode", "data", *REPORTS)
 METHODS = ("topk", "dynamic", "dynamic_rollouts", "overflow")

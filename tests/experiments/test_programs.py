@@ -164,6 +164,10 @@ TEXT = ("--config.data.sources=text:text", "--workdir=new")
     ("preflight", (*PRESET, "--slots=4"), ("--slots", "prefill or decode")),
     ("preflight", (*PRESET, "--program=decode", "--search"), ("--search", "--program=train")),
     ("preflight", (*PRESET, "--program=serve"), ("program", "serve", "decode")),
+    ("preflight", (*PRESET, "--memory_gb=24"), ("--memory_gb", "--program=offload")),
+    ("preflight", (*PRESET, "--program=offload", "--topology=v5e:2x2"), ("--topology", "train or prefill or decode")),
+    ("preflight", (*PRESET, "--program=offload", "--memory_gb=1"), ("memory of 1.00 GB", "at least", "reserve 1.00")),
+    ("preflight", (*PRESET, "--program=offload", "--budget=9"), ("--budget=9", "from 1 to 8")),
     ("retrieval.study", ("--workdir=new", "--seeds=a"), ("--seeds=a", "number")),
     ("retrieval.study", ("--workdir=new", "--seeds=\u00b2"), ("--seeds=", "number")),
     ("retrieval.study", ("--workdir=new", "--longest=100"), ("--longest=100", "1024")),
@@ -184,6 +188,19 @@ def test_a_mistake_is_one_line_and_changes_nothing(place, name, arguments, words
   assert line.startswith("error: ") and all(word in line for word in words), line
   assert files(place / "run") == before
   assert not (place / "new" / "config.json").exists()
+
+
+def test_a_plan_for_24_gb_needs_no_compiler(place):
+  flags = ("--program=offload", "--memory_gb=24", "--budget=2", "--context=8192", "--config.adapt.weights=nf4")
+  process = program(place, "preflight", *PRESET, *flags)
+  assert process.returncode == 0, process.stderr
+  result = json.loads(process.stdout.splitlines()[-1])
+  # 3 x 4096 x 3840 weights of 4.5 bits; the embedding and the head are in bfloat16.
+  assert result["expert_bytes"] == 3 * 4096 * 3840 * 9 // 16
+  assert result["weight_bytes"]["embedding"] == 65_536 * 4096 * 2
+  assert result["experts"] == 32 * 32 and result["taken_per_token"] == 64
+  assert result["resident_bytes"] <= 24e9 < result["resident_bytes"] + result["expert_bytes"]
+  assert "experts in host memory" in process.stderr
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,10 @@ def test_halves_that_do_not_belong_together_are_one_line():
     merged(params_of(params))
 
 
-@pytest.mark.parametrize(("weights", "router"), [("float32", "trained"), ("float32", "frozen"), ("nf4", "held")])
+@pytest.mark.parametrize(
+  ("weights", "router"),
+  [("float32", "frozen"), ("float32", "trained"), pytest.param("nf4", "held", marks=pytest.mark.slow)],
+)
 def test_only_adapters_and_a_router_that_may_learn(weights, router):
   config = adapted(lora_rank=4, weights=weights, router=router)
   start = begun(config)
@@ -122,6 +125,7 @@ def test_only_adapters_and_a_router_that_may_learn(weights, router):
   )
 
 
+@pytest.mark.slow
 def test_adapters_beside_4_bits_lower_the_loss():
   config = adapted(lora_rank=4, weights="int4")
   _, seen = run_steps(config, begun(config), 30, seed=21)
@@ -143,6 +147,7 @@ def test_gradients_of_adapters_equal_those_through_the_merged_weights():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 + 1e-3 * np.abs(b).max()), got, want)
 
 
+@pytest.mark.slow
 def test_a_held_router_stays_nearer():
   finetune = {
     router: dataclasses.replace(

@@ -63,6 +63,7 @@ def test_the_model_computes_what_the_unpacked_weights_say():
   assert float(jnp.abs(got.logits_BLV - outputs(state.params, state).logits_BLV).max()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layers_one_by_one_compute_the_same(dtype):
   state, params, _ = make("int4")
@@ -96,6 +97,7 @@ def test_calibration_sees_each_experts_own_tokens():
   assert float(jnp.abs(by_expert[0] - by_expert[1]).max()) > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("book", BOOKS)
 def test_calibration_lowers_the_error_of_products(book):
   state = trained()

@@ -72,6 +72,7 @@ def test_with_all_experts_it_is_the_base(gate):
   np.testing.assert_allclose(got.logits_BLV, outputs(found.state.params, found.state, base).logits_BLV, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_controls_have_the_compute_of_the_policy():
   config, state, base = retrofitted()
   before, after = Routed(base.state.params, base.state.router_state), Routed(state.params, state.router_state)

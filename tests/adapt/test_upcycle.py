@@ -60,6 +60,7 @@ def test_the_same_function(num_experts, expert_dim, k, copies, pieces):
     assert len(np.unique(np.asarray(stats.assigned_E))) > 1  # the router does choose
 
 
+@pytest.mark.slow
 def test_in_bfloat16():
   base, dense, config, state, _ = made(16, 12, 8, dtype="bfloat16")
   want = logits(base, dense)[0]

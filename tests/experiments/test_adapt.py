@@ -28,6 +28,7 @@ def adapt(place, mode, *arguments, base="run"):
   return program(place, "adapt", f"--mode={mode}", f"--base={base}", *arguments)
 
 
+@pytest.mark.slow
 def test_a_quantised_run_evaluates_and_generates(place):
   before = files(place / "run")
   made = result_of(adapt(place, "quantise", "--config.adapt.weights=int4", "--workdir=int4"))

@@ -137,7 +137,7 @@ def start_from(base: Base, config: Config, fingerprint: str, calibration: Iterab
   check_tokens(base, config, fingerprint)
   state, params = base.state, base.state.params
   if config.adapt.trunk == "frozen":
-    new = initial_state(config, make_optimizer(config.train))
+    new = jax.jit(lambda: initial_state(config, make_optimizer(config.train)))()
     params = join(params, new.params)  # what the base has, and heads
     routed = new.router_state._replace(bias_E=state.router_state.bias_E, load_E=state.router_state.load_E)
     state = new._replace(router_state=routed)

@@ -58,9 +58,15 @@ def run_steps(config, state, num, seed=0, reference=None):
 
 
 @functools.cache
+def begun():
+  """Returns the state before training."""
+  return jax.jit(lambda: initial_state(CONFIG, make_optimizer(CONFIG.train)))()
+
+
+@functools.cache
 def trained():
   """Returns the state after training."""
-  return run_steps(CONFIG, initial_state(CONFIG, make_optimizer(CONFIG.train)), CONFIG.train.steps)[0]
+  return run_steps(CONFIG, begun(), CONFIG.train.steps)[0]
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from moe_lab.infer.cache import empty_cache
 from moe_lab.infer.engine import Engine
 from moe_lab.infer.placement import served
 from moe_lab.preflight.residency import FAMILIES, family_of, lru_misses, plan, report, table
-from tests.adapt.models import CONFIG, adapted, outputs, trained
+from tests.adapt.models import CONFIG, adapted, begun, outputs
 
 LARGE = 10**10
 PLAN = dict(context=100, chunk=8, reserve=1000, sequences=3)
@@ -22,8 +22,9 @@ PLAN = dict(context=100, chunk=8, reserve=1000, sequences=3)
 
 @functools.cache
 def coded():
-  """Returns the trained model and its parameters in 4 bits."""
-  return trained(), quantised(trained().params, "nf4")
+  """Returns a model as it begins, and its parameters in 4 bits."""
+  state = begun()
+  return state, quantised(state.params, "nf4")
 
 
 def typed(dtype, **fields):
@@ -125,12 +126,6 @@ def test_a_cache_of_recent_experts_on_the_same_trace():
     assert missed[capacity] == slow
   assert missed[0] == taken and missed[4] == (rows_ZE > 0).sum()  # each once, the first time
   assert missed == sorted(missed, reverse=True)
-  # One expert of four in each layer: measured, 22% of 543 are hits, where 28% are of the most loaded ones; by chance a
-  # quarter. Room for two and three: 49% and 72%. Tokens of this text that follow one another differ.
-  made = some_resident(2, rows_ZE, budget=taken / 128 / 2)
-  assert made.resident_ZE.sum(1).tolist() == [1, 1]
-  assert 1 - missed[1] / taken == pytest.approx(0.22, abs=0.1)
-  assert 1 - made.missed_Z.sum() / made.taken_ZE.sum() == pytest.approx(0.28, abs=0.1)
 
 
 def test_recent_experts_by_hand():

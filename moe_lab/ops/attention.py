@@ -124,8 +124,9 @@ def attention(
     window_M: how many keys a query of each KV group has to look at, itself included (`alibi.windows`); None, of a group
       or altogether: all. Blocks of keys beyond it are skipped, others are not cut: a wrong window changes the result,
       a right one does not. The reference, which is the definition, looks at everything.
-    backend: reference | blocked | native (CPU) | tpu | flash (GPU) | auto: for one block of queries the reference; for
-      more, native on CPU where it can be built, tpu on TPU, flash on GPU where it serves, and blocked elsewhere.
+    backend: reference | blocked | native (CPU) | tpu | flash (GPU) | auto: for few queries and for one block the
+      reference; for more, native on CPU where it can be built, tpu on TPU, flash on GPU where it serves, blocked
+      elsewhere.
     block: rows and columns of a block of `blocked`; 0: what suits the device.
 
   Returns:
@@ -137,10 +138,14 @@ def attention(
   window_M = window_M or (None,) * k_BSMH.shape[2]
   block = block or (GPU_BLOCK if jax.default_backend() == "gpu" else BLOCK)
   arguments = (q_BLNH, k_BSMH, v_BSMH, slope_M, segment_BL, segment_BS, jnp.asarray(offset, jnp.int32))
-  if backend == "reference" or (backend == "auto" and q_BLNH.shape[1] <= block):
+  if backend == "auto":
+    few, logits = q_BLNH.shape[1] <= min(block, BLOCK), q_BLNH.shape[1] * k_BSMH.shape[1]
+    if not few and flash_attention.serves(q_BLNH, k_BSMH):
+      backend = "flash"
+    elif few or logits <= block**2:
+      backend = "reference"
+  if backend == "reference":
     return reference_attention(*arguments)
-  if backend == "auto" and flash_attention.serves(q_BLNH, k_BSMH):
-    backend = "flash"
   if backend == "tpu":
     tpu_attention.check_here()
   if backend in ("auto", "blocked", "native", "tpu"):

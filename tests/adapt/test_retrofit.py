@@ -106,6 +106,6 @@ def test_the_trunk_cannot_be_changed():
 
 
 def test_default_saves_two_fifths():
-  config, state, _ = retrofitted()
+  config = resolve(begun("retrofit", FIXED, "run"))
   assert config.routing.budget == pytest.approx(1.8) and config.adapt.trunk == "frozen"
-  assert config.routing.gate == "softmax_kept" and jnp.shape(state.router_state.bias_E) == (2, 4)
+  assert config.routing.gate == "softmax_kept"

@@ -121,7 +121,8 @@ def _trained(sweep: Sweep, configs: dict, workdir: Path) -> dict:
   from moe_lab.report.sweep_runs import best_first, groups_of, read_sweep, sweep_text
   from moe_lab.train.signals import Preemption
 
-  jobs = [Job(workdir / name, config, sys.argv) for name, config in configs.items()]
+  # Absolute: processes of a cluster have working directories of their own.
+  jobs = [Job(workdir.absolute() / name, config, sys.argv) for name, config in configs.items()]
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     lock = RunLock(workdir)  # of the sweep: two of them would do the same runs

@@ -41,11 +41,11 @@ def main(workdir: Path, config: Config | None = None) -> dict:
     weights = [float(weight) for weight in FLAGS.weights]
   except ValueError:
     raise UserError(f"--weights={','.join(FLAGS.weights)}: wanted numbers, as in 0.1,1,10") from None
-  configs = {}
+  trained, configs = of_run(FLAGS.base), {}
   for arm, fields in arms(weights).items():
     for seed in seeds:
       asked = dataclasses.replace(config.with_seed(seed), adapt=dataclasses.replace(config.adapt, **fields))
-      configs[arm, seed] = modes.adapted("lora", of_run(FLAGS.base), asked, folder)
+      configs[arm, seed] = modes.adapted("lora", trained, asked, folder)
   from moe_lab.io.files import dump_json, write_text
   from moe_lab.train.adapted import train_adapted
   from moe_lab.train.base import load_base

@@ -44,7 +44,6 @@ def main(workdir: Path) -> dict:
 def _compared(folder: Path) -> list[dict]:
   """Returns a row for each kind of 4 bits."""
   from moe_lab.adapt.quantise import calibrated
-  from moe_lab.config.load import of_run
   from moe_lab.config.resolve import resolve
   from moe_lab.data.loader import open_data
   from moe_lab.evaluate.choices import choices
@@ -56,7 +55,7 @@ def _compared(folder: Path) -> list[dict]:
 
   base = load_base(folder)
   check_readable(base)
-  config = modes.adapted("quantise", base.config, resolve(modes.begun("quantise", of_run(str(folder)), folder)), folder)
+  config = modes.adapted("quantise", base.config, resolve(modes.begun("quantise", base.config, folder)), folder)
   data = open_data(config.data, program.cache_dir())
   check_tokens(base, config, data.fingerprint)
   eval_step, budget, size = (

@@ -80,7 +80,6 @@ def _base(folder: Path, seed: int) -> Path:
 
 def _policy(base_folder: Path, folder: Path, arm: str, seed: int) -> dict:
   """Trains a policy on a base, and returns what it saves on the split; both are kept."""
-  from moe_lab.config.load import of_run
   from moe_lab.config.resolve import resolve
   from moe_lab.data.loader import open_data
   from moe_lab.io.files import dump_json, write_text
@@ -90,16 +89,16 @@ def _policy(base_folder: Path, folder: Path, arm: str, seed: int) -> dict:
   kept = folder / f"fewer_experts-{FLAGS.split}.json"
   if kept.is_file():
     return json.loads(kept.read_text())
-  old = of_run(str(base_folder))
-  begun = resolve(modes.begun("retrofit", old, base_folder)).with_seed(seed)
+  base = load_base(base_folder)
+  begun = resolve(modes.begun("retrofit", base.config, base_folder)).with_seed(seed)
   routing = dataclasses.replace(begun.routing, budget=FLAGS.budget, **ARMS[arm])
   train = dataclasses.replace(begun.train, steps=FLAGS.steps)
   asked = dataclasses.replace(begun, routing=routing, train=train)
-  config = modes.adapted("retrofit", old.with_seed(seed), asked, base_folder)
-  base = load_base(base_folder)
-  train_adapted(base, config, folder, program.cache_dir(), sys.argv)
-  data = open_data(config.data, program.cache_dir())
-  found = saved(base, config, load_base(folder).state, data, FLAGS.split)
+  config = modes.adapted("retrofit", base.config.with_seed(seed), asked, base_folder)
+  found = train_adapted(base, config, folder, program.cache_dir(), sys.argv)["fewer_experts"]
+  if FLAGS.split != "validation":  # which training ends with
+    data = open_data(config.data, program.cache_dir())
+    found = saved(base, config, load_base(folder).state, data, FLAGS.split)
   write_text(kept, dump_json(found, indent=1) + "\n")
   return found
 

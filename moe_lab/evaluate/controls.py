@@ -49,6 +49,12 @@ def _dithered(mean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   return np.floor(mean + rng.random(mean.shape)).astype(np.int32)
 
 
+def mean_count(num_layers: int, mean: float, seed: int) -> Callable[[Batch], Decisions]:
+  """Returns a `decide` that gives every token `mean` experts, by chance one of the two whole numbers around it."""
+  rng = np.random.default_rng(seed)
+  return lambda batch: Decisions(count_T=_dithered(np.full((num_layers, batch.tokens[:, 1:].size), mean), rng))
+
+
 def counts_by_layer(
   eval_step: EvalStep, params, router_state: RouterState, budget: float, reference: Iterable[Batch], seed: int
 ) -> Callable[[Batch], Decisions]:

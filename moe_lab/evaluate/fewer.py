@@ -3,14 +3,11 @@
 import functools
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
-
 from moe_lab.config.schema import Config
-from moe_lab.evaluate.controls import fixed_count, shuffled_counts
+from moe_lab.evaluate.controls import fixed_count, mean_count, shuffled_counts
 from moe_lab.evaluate.drift import Routed
 from moe_lab.evaluate.perplexity import evaluate, make_eval_step
 from moe_lab.nn.transformer import Transformer
-from moe_lab.routing.base import Decisions
 from moe_lab.types import Batch
 
 
@@ -30,14 +27,6 @@ def _eval_step(config: Config):
 def loss_of(config: Config, model: Routed, batches: Iterable[Batch], class_names: tuple[str, ...]) -> float:
   """Returns the loss at the trained budget, nats per token."""
   return _evaluated(config, model, batches, class_names, config.routing.mean_count)["loss"]
-
-
-def _between(num_layers: int, mean: float, seed: int) -> Callable[[Batch], Decisions]:
-  """Returns a `decide` that gives every token `mean` experts, by chance one of the two whole numbers around it."""
-  rng = np.random.default_rng(seed)
-  return lambda batch: Decisions(
-    count_T=np.floor(mean + rng.random((num_layers, batch.tokens[:, 1:].size))).astype(np.int32)
-  )
 
 
 def fewer_experts(
@@ -76,7 +65,7 @@ def fewer_experts(
     found["policy"].append({"budget": budget} | measured(budget))
     shuffle = shuffled_counts(_eval_step(config), *model, budget, seed)
     found["random"].append({"budget": budget} | measured(budget, shuffle))
-    alike = _between(layers, found["policy"][-1]["experts"], seed)
+    alike = mean_count(layers, found["policy"][-1]["experts"], seed)
     found["alike"].append({"budget": budget} | measured(budget, alike))
   found["fixed"] = [measured(budgets[0], fixed_count(layers, k)) for k in range(1, config.routing.k_max)]
   return found

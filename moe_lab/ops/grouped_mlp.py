@@ -12,6 +12,7 @@ output. Back ends, equal in values and gradients:
 
 import functools
 import importlib
+import importlib.util
 import math
 from typing import NamedTuple
 
@@ -112,6 +113,11 @@ def _quantised_dot_backward(saved, dy_RF):
 
 
 quantised_dot.defvjp(lambda *inputs: (quantised_dot(*inputs), inputs), _quantised_dot_backward)
+
+
+def has_tokamax() -> bool:
+  """Returns whether the tokamax library is installed: GPUs want it, since XLA masks there, at E times the work."""
+  return importlib.util.find_spec("tokamax") is not None
 
 
 def _tokamax(x, y, group_sizes_E, contracted: tuple[int, int], groups: tuple[int, ...]):

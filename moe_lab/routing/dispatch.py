@@ -7,13 +7,11 @@ does not fit; `ragged` computes exactly the rows in use, drops nothing, and has
 room for every slot of every token, so its shapes never change.
 """
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 
 from moe_lab.ops import native
-from moe_lab.ops.grouped_mlp import ExpertWeights, grouped_mlp, num_experts_of, swiglu
+from moe_lab.ops.grouped_mlp import ExpertWeights, grouped_mlp, has_tokamax, num_experts_of, swiglu
 from moe_lab.ops.native_experts import native_coded_experts, native_experts
 from moe_lab.ops.quantised import Quantised, cast, unpacked
 from moe_lab.ops.rows import SortedRows, cut, gate_of_row, lay_out, sort_by_expert, to_rows, to_tokens
@@ -56,7 +54,7 @@ def experts_backend(choice: str, platform: str) -> str:
     return "ragged_dot"
   if platform == "cpu":
     return "native" if native.available() else "tiles"
-  return "tokamax" if importlib.util.find_spec("tokamax") else "tiles"
+  return "tokamax" if has_tokamax() else "tiles"
 
 
 def _ragged(x_TD, assignment: Assignment, weights: ExpertWeights, experts: str, tiles: tuple[int, ...] | None):

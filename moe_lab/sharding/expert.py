@@ -14,7 +14,6 @@ a device, S rows in its buffer of received ones.
 """
 
 import functools
-import importlib.util
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_lab.errors import ConfigError
-from moe_lab.ops.grouped_mlp import ExpertWeights, expert_of_row, grouped_mlp, num_experts_of
+from moe_lab.ops.grouped_mlp import ExpertWeights, expert_of_row, grouped_mlp, has_tokamax, num_experts_of
 from moe_lab.ops.quantised import Quantised
 from moe_lab.ops.rows import cut, gate_of_row, lay_out, sort_by_expert, to_rows, to_tokens
 from moe_lab.sharding.gather import gathered
@@ -131,8 +130,7 @@ def expert_parallel(
     wanted = "auto, ragged_dot or tokamax, since the experts are spread over devices"
     raise ConfigError("model.grouped_matmul", grouped_matmul, wanted)
   if grouped_matmul == "auto":
-    # GPUs have no kernel for ragged_dot; it masks, at E times the work.
-    grouped_matmul = "tokamax" if platform(mesh) == "gpu" and importlib.util.find_spec("tokamax") else "ragged_dot"
+    grouped_matmul = "tokamax" if platform(mesh) == "gpu" and has_tokamax() else "ragged_dot"
   if exchange is None:
     exchange = "padded" if platform(mesh) == "cpu" else "ragged"
   local = functools.partial(_local, devices=mesh.shape[AXIS], exchange=exchange, grouped_matmul=grouped_matmul)

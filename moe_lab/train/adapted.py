@@ -73,15 +73,16 @@ def train_adapted(base: Base, config: Config, workdir: Path, cache_dir: Path, ar
 
   Returns:
     What adaptation.json holds: with adapters their `adapter_coverage` and file; drift_target, on the new run's text,
-    and drift_source, on the base's where that is other text and is still there; and of training steps, val_loss,
-    test_loss, eval_mean_experts.
+    and drift_source, on the base's where that is other text and is still there; of a policy on a frozen model instead
+    fewer_experts (`saved`); and of training steps, val_loss, test_loss, eval_mean_experts.
 
   Raises:
     UserError, RunError, SystemExit: as `loop.train`.
   """
   check_readable(base)
   target, source = open_data(config.data, cache_dir), None
-  if base.config.data.sources != config.data.sources:
+  alike = config.adapt.trunk == "frozen"  # the choice of experts is the base's
+  if not alike and base.config.data.sources != config.data.sources:
     try:
       source = open_data(base.config.data, cache_dir)
     except UserError as error:
@@ -93,7 +94,7 @@ def train_adapted(base: Base, config: Config, workdir: Path, cache_dir: Path, ar
   if config.adapt.lora_rank:
     report |= adapter_coverage(abstract_plain_params(config), state.params, config)
     report["adapter"] = write_adapter(workdir / "adapter.npz", state.params, config)
-  if config.adapt.trunk == "frozen":  # the choice of experts is the base's
+  if alike:
     report["fewer_experts"] = saved(base, config, state, target)
   else:
     report["drift_target"] = drift(base, config, state.params, state.router_state, target)

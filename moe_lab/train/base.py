@@ -1,5 +1,6 @@
 """A trained run as the beginning of another: its whole state, and new runs that are made of it without training."""
 
+import functools
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -135,6 +136,13 @@ def start_from(base: Base, config: Config, fingerprint: str, calibration: Iterab
     calibration: batches for what is put into 4 bits.
   """
   check_tokens(base, config, fingerprint)
+  reference = split(base.state.params, config.adapt)[0] if config.adapt.router == "held" else None
+  state = functools.partial(_state_from, base, config, calibration)
+  return Start(state, reference, base.fingerprint, base.notes(config))
+
+
+def _state_from(base: Base, config: Config, calibration: Iterable[Batch]) -> TrainState:
+  """Returns the state before the first step."""
   state, params = base.state, base.state.params
   if config.adapt.trunk == "frozen":
     new = jax.jit(lambda: initial_state(config, make_optimizer(config.train)))()
@@ -150,6 +158,4 @@ def start_from(base: Base, config: Config, fingerprint: str, calibration: Iterab
     params = join(added, params)
   zero = np.zeros((), np.int32)
   state = with_params(state._replace(step=zero, skipped_in_a_row=zero), params, config)
-  held = config.adapt.router == "held"
-  reference = split(base.state.params, config.adapt)[0] if held else None
-  return Start(jax.tree.map(np.asarray, state), reference, base.fingerprint, base.notes(config))
+  return jax.tree.map(np.asarray, state)

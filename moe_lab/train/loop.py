@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,13 +67,14 @@ class Start(NamedTuple):
   """What a run begins from that does not begin with random weights.
 
   Attributes:
-    state: before the first step, in the form of the run's configuration; arrays of numpy.
+    state: makes the one before the first step, in the form of the configuration; arrays of numpy. Not called where
+      a run goes on.
     reference: see `step.make_train_step`; None: the router is not held.
     fingerprint: of the tokenizer that the weights were trained with.
     notes: for run.json: where it comes from.
   """
 
-  state: TrainState
+  state: Callable[[], TrainState]
   reference: Any
   fingerprint: str
   notes: dict
@@ -196,7 +198,7 @@ class _Training:
       if self.start is None:
         state = jax.jit(lambda: initial_state(self.config, self.optimizer), out_shardings=shardings)()
       else:
-        state = _placed(self.start.state, shardings)
+        state = _placed(self.start.state(), shardings)
       step, meta = 0, {}
     else:
       if shardings:

@@ -35,7 +35,7 @@ def retrofitted(base=FIXED, **routing):
   state = initial_state(base, make_optimizer(base.train))
   router_state = state.router_state._replace(bias_E=0.1 * jax.random.normal(jax.random.key(4), (2, 4)))
   found = Base(Path("run"), base, state._replace(router_state=router_state), {}, 7, "print", [], {})
-  return config, start_from(found, config, "print", []).state, found
+  return config, start_from(found, config, "print", []).state(), found
 
 
 SLOW = pytest.mark.slow

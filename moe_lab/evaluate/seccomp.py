@@ -6,6 +6,8 @@ one address space, and a fork bomb stops at its first step, whoever the kernel t
 (RLIMIT_NPROC does not bind root). Nor are there sockets, namespaces, mounts, tracing, new files, or shared memory and
 files in memory, whose pages no limit of an address space counts.
 
+Files can be read, and not locked or leased: a lease on a library would keep the machine's own programs from writing it.
+
 The filter is a program of the kernel's classic BPF (linux/filter.h, linux/seccomp.h).
 """
 
@@ -33,11 +35,13 @@ ALLOWED = {
   "prlimit64": (302, 261), "getrandom": (318, 278), "execve": (59, 221), "statx": (332, 291), "rseq": (334, 293),
   "faccessat2": (439, 439), "close_range": (436, 436), "restart_syscall": (219, 128),
 }  # fmt: skip
+# Of fcntl only what has to do with descriptors: F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC.
+FCNTL = (0, 1, 2, 3, 4, 1030)
 _COLUMN = {"x86_64": 0, "aarch64": 1}
 _AUDIT_ARCH = (0xC000003E, 0xC00000B7)  # linux/audit.h
 
 _LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06  # BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_RET|BPF_K
-_NUMBER, _ARCH = 0, 4  # offsets in struct seccomp_data
+_NUMBER, _ARCH, _SECOND = 0, 4, 24  # offsets in struct seccomp_data; of the second argument the low half
 _KILL, _ALLOW, _ERRNO = 0x80000000, 0x7FFF0000, 0x00050000  # SECCOMP_RET_KILL_PROCESS, _ALLOW, _ERRNO
 
 
@@ -53,10 +57,13 @@ def program(machine: str | None = None) -> bytes:
     machine: x86_64 or aarch64; by default this one's.
   """
   column = _COLUMN[machine or platform.machine()]
-  numbers = sorted(row[column] for row in ALLOWED.values() if row[column] is not None)
-  # A jump's length is one byte. The numbers of another architecture's calls mean other things: it ends the program.
-  assert len(numbers) < 255, len(numbers)
-  steps = [(_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, _AUDIT_ARCH[column]), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NUMBER)]
-  steps += [(_EQUAL, len(numbers) - place, 0, number) for place, number in enumerate(numbers)]
-  steps += [(_RETURN, 0, 0, _ERRNO | errno.ENOSYS), (_RETURN, 0, 0, _ALLOW)]
-  return b"".join(struct.pack("<HBBI", *step) for step in steps)
+  numbers = sorted(row[column] for name, row in ALLOWED.items() if name != "fcntl" and row[column] is not None)
+  # The numbers of another architecture's calls mean other things: it ends the program.
+  begin = [(_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, _AUDIT_ARCH[column]), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NUMBER)]
+  refuse = (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)
+  end = [refuse, (_LOAD, 0, 0, _SECOND), *((_EQUAL, len(FCNTL) - place, 0, cmd) for place, cmd in enumerate(FCNTL))]
+  end += [refuse, (_RETURN, 0, 0, _ALLOW)]
+  # A jump is over so many steps: to the last one, or, for fcntl, to the second one of the end.
+  calls = [(_EQUAL, len(numbers) + 1, 0, ALLOWED["fcntl"][column])]
+  calls += [(_EQUAL, len(numbers) - place + len(end) - 2, 0, number) for place, number in enumerate(numbers)]
+  return b"".join(struct.pack("<HBBI", *step) for step in [*begin, *calls, *end])

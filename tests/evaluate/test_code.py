@@ -128,6 +128,17 @@ def test_no_program_can_say_that_it_passed(judge, name):
 
 
 @needs_bwrap
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the calls of a 32-bit program are x86's")
+def test_a_call_of_another_architecture_kills(judge):
+  fork = """
+  import ctypes, mmap
+  memory = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+  memory.write(bytes.fromhex('b802000000 cd80 c3'))  # mov eax, 2 (fork); int 0x80; ret
+  return ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(memory)))()"""
+  assert judge(fork) == ("killed", "SIGSYS")
+
+
+@needs_bwrap
 def test_the_programs_side_has_no_test(judge):
   # A program that looks through all it can reach finds what its own prompt says, and not what the test says.
   spy = (

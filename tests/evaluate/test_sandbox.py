@@ -166,6 +166,15 @@ _REFUSED = {
   "shared memory of System V": "import ctypes\nif ctypes.CDLL(None).shmget(0, 2**30, 0o1777) == -1: raise OSError",
   "message queue": "import ctypes\nif ctypes.CDLL(None).msgget(0, 0o1777) == -1: raise OSError",
   "pipes": "import os\nos.pipe()",
+  "a longer pipe": "import fcntl\nfcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 2**20)",
+  "a lease on the library": "import fcntl, os\nfcntl.fcntl(os.open(os.__file__, 0), fcntl.F_SETLEASE, fcntl.F_RDLCK)",
+  "a lock on the library": "import fcntl, os\nfcntl.lockf(os.open(os.__file__, 0), fcntl.LOCK_SH)",
+  "signals to others": "import fcntl\nfcntl.fcntl(1, fcntl.F_SETOWN, 1)",
+  "32-bit calls": "import ctypes\nif ctypes.CDLL(None).syscall(0x40000000 + 57) == -1: raise OSError",
+  "all processors": "import os\nos.sched_setaffinity(0, {0})",
+  "its own name": "import socket\nsocket.sethostname('hostile')",
+  "dates of files": "import os\nos.utime(os.__file__)",
+  "its own program": "import os\nos.ftruncate(0, 2**30)",
   "a memory of others": "open('/proc/self/mem', 'r+b')",
   "huge memory": "bytearray(2**34)",
   "growing memory": "kept = []\nwhile True: kept.append(bytearray(2**22))",
@@ -353,14 +362,14 @@ def test_the_filter_jumps_to_where_it_means(machine):
   steps = list(struct.iter_unpack("<HBBI", seccomp.program(machine)))
   arch = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
-  def verdict(number: int, cpu: str = machine) -> int:
+  def verdict(number: int, cpu: str = machine, second: int = 0) -> int:
     place, value = 0, None
     while True:
       code, jump_true, jump_false, k = steps[place]
       if code == 0x06:
         return k
       if code == 0x20:
-        value = {0: number, 4: arch[cpu]}[k]
+        value = {0: number, 4: arch[cpu], 24: second}[k]
         place += 1
       else:
         assert code == 0x15
@@ -371,6 +380,9 @@ def test_the_filter_jumps_to_where_it_means(machine):
   for number in range(600):
     assert verdict(number) == (0x7FFF0000 if number in allowed else 0x00050026), number
   assert verdict(0x40000000) == 0x00050026  # the x32 names of the same calls
+  fcntl = seccomp.ALLOWED["fcntl"][column]
+  for command in range(2000):
+    assert verdict(fcntl, second=command) == (0x7FFF0000 if command in seccomp.FCNTL else 0x00050026), command
   other = next(cpu for cpu in arch if cpu != machine)
   assert verdict(0, other) == 0x80000000
 

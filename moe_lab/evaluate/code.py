@@ -73,7 +73,7 @@ def score_humaneval(
     if task_id not in problems:
       raise UserError(f"completions: no problem {task_id!r} in HumanEval{did_you_mean(task_id, problems)}")
     if isinstance(texts, str) or not texts:
-      raise UserError(f"completions of {task_id}: wanted a list of at least one text, got {texts!r}")
+      raise UserError(f"completions of {task_id}: wanted a list of at least one text, got {repr(texts)[:60]}")
   if not completions:
     raise UserError("completions: wanted those of at least one problem, got none")
   sandbox.check()

@@ -52,6 +52,9 @@ def write_suite(
   """
   if not 3 <= items <= MOST_ITEMS:
     raise UserError(f"items = {items}: wanted 3 to {MOST_ITEMS} of each task")
+  for language in texts or ():
+    if not re.fullmatch("[a-z]{2,3}", language):
+      raise UserError(f"texts[{language!r}]: wanted a language's code of two or three letters, as fr")
   tasks, left_out = _tasks(dict(texts or {}), items, seed)
   files = {f"{task}.jsonl": "".join(f"{dump_json(item)}\n" for item in of_task) for task, (of_task, _) in tasks.items()}
   manifest = {
@@ -77,7 +80,7 @@ def is_right(item: Mapping, text: str) -> bool:
   if str(item.get("id", "")).rpartition("-")[0] in gym.names():
     return gym.is_right(item, said)
   if item.get("kind") == "cloze":
-    return re.match(re.escape(answer) + r"(?!\w)", said) is not None
+    return re.match(re.escape(answer) + r"(?!\w|[-'’]\w)", said) is not None
   return said == answer
 
 

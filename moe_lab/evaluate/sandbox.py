@@ -153,6 +153,8 @@ def start(
 ) -> Iterator[Running]:
   """Starts a program, and kills it at the end of the context. Call `check` before.
 
+  The thread that starts it has to outlive it: by Linux's rules the program dies with that thread.
+
   Args:
     timeout: seconds of CPU time; the wall clock is the caller's.
     pass_fds: open files that it gets, under the same numbers.

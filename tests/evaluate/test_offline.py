@@ -378,9 +378,17 @@ def test_generated_answers_follow_from_the_prompt(task):
     exec("\n".join(steps), values)
     return str(values[last])
 
+  of_four = task.endswith("_of_four")
   found = list(itertools.islice(generated.candidates(task, random.Random(5)), 150))
+  task = task.removesuffix("_of_four")
   for item in found:
-    assert item["answer"] == answer(item["prompt"])
+    right = answer(item["prompt"])
+    assert (item["choices"][item["answer"]] if of_four else item["answer"]) == right
+    # One choice alone is right, and the others are of its shape.
+    shape = re.sub(r"\d", "0", re.sub("[a-z]+", "a", right))
+    assert not of_four or item["choices"].count(right) == 1
+    if of_four and task not in ("arithmetic_chain", "reasoning_steps", "reasoning_sort"):
+      assert {re.sub(r"\d", "0", re.sub("[a-z]+", "a", choice)) for choice in item["choices"]} == {shape}
     assert item["kind"] == task.split("_")[0]
   lengths = [[len(item["prompt"]) for item in found if item["difficulty"] == d] for d in items.DIFFICULTIES]
   assert sum(lengths[0]) < sum(lengths[1]) < sum(lengths[2])

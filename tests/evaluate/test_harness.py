@@ -106,8 +106,8 @@ def test_it_agrees_with_the_hugging_face_model(place, harness, monkeypatch):
   }
 
 
-def test_what_a_task_asks_of_generation(harness):
-  settings = functools.partial(harness._settings, end="</s>")
+def test_what_a_task_asks_of_generation():
+  settings = functools.partial(Harness(None)._settings, end="</s>")  # no model is asked
   greedy = settings({"until": "\n", "max_gen_toks": 7, "temperature": 0.7, "do_sample": False})
   assert greedy == {"temperature": 0.0, "max_tokens": 7, "stop": ("\n", "</s>"), "budget": None}
   drawn = settings({"do_sample": True, "top_p": 0.9, "seed": 3})

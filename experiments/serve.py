@@ -21,6 +21,7 @@ from moe_lab.config import program
 from moe_lab.errors import RunError, UserError, require
 
 KEY_VARIABLE = "MOE_LAB_API_KEY"
+SEND_BUFFER = 256 << 10  # bytes
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("host", "127.0.0.1", "The address to listen at; another than this machine's own wants a key.",
@@ -79,6 +80,8 @@ def _listener(family: int, address: tuple) -> socket.socket:
   listener = socket.socket(family, socket.SOCK_STREAM)
   try:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Of each connection: what the system keeps for a client that does not read, 4 MB and more where nothing is said.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     listener.bind(address)
     listener.listen(128)  # here, so that a port that another holds is told before a model is loaded
   except OSError as error:

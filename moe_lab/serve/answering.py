@@ -13,6 +13,10 @@ from moe_lab.serve.worker import Arrived, Job, Worker
 log = logging.getLogger("moe_lab.serve")
 
 
+class _Left(Exception):
+  """The client is gone."""
+
+
 class Answer(Response):
   """Has a job served and sends what comes of it."""
 
@@ -34,11 +38,17 @@ class Answer(Response):
     self._stream, self._seconds, self._gave_up = stream, seconds, gave_up
 
   async def __call__(self, scope, receive, send) -> None:
-    answer = asyncio.ensure_future(self._send_guarded(scope, receive, send))
     gone = asyncio.ensure_future(_gone(receive))
+
+    async def send_if_there(message):
+      if gone.done():
+        raise _Left  # uvicorn lets what is sent then disappear
+      await send(message)
+
+    answer = asyncio.ensure_future(self._send_guarded(scope, receive, send_if_there))
     try:
       await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-      if not answer.done():
+      if not answer.done() or isinstance(answer.exception(), _Left):
         self._gave_up()
     finally:
       # At once: whoever was to read this is not there any more, or has it.
@@ -65,6 +75,8 @@ class Answer(Response):
       refusal = Refusal(503, f"the request took more than {self._seconds:g} s", code="timeout")
     except Refusal as error:
       refusal = error
+    except _Left:
+      raise
     except Exception as error:  # a bug; its traceback has no prompt in it, and the client need not wait
       log.error("an answer failed", exc_info=error)
       refusal = Refusal(500, "the server made a mistake", code="internal_error")

@@ -47,7 +47,7 @@ def model():
 
 @functools.cache
 def engine(**arguments) -> Engine:
-  settings = dict(slots=SLOTS, capacity=CAPACITY, chunk=32, steps=4, decode=tokenizer().decode)
+  settings = dict(slots=SLOTS, capacity=CAPACITY, chunk=16, steps=4, decode=tokenizer().decode)
   return Engine(*model(), **settings | arguments)
 
 
@@ -77,6 +77,7 @@ def running(made: Engine, **arguments):
   """Yields a server on a free port of the loopback; made: an engine that serves nobody; arguments: of `Server`."""
   warm_up(made)
   listener = socket.create_server(("127.0.0.1", 0))
+  listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)  # as the program has it, but less
   port = listener.getsockname()[1]
   server = Server(NAME, model()[0], tokenizer(), made, **arguments)
   ready, result = threading.Event(), {}

@@ -73,29 +73,11 @@ def _coloured(text: str, experts: float, routing) -> str:
 
 
 class _Model:
-  """A loaded run that answers."""
+  """A loaded run that answers by the flags."""
 
-  def __init__(self, workdir: Path):
-    from moe_lab.data.tokenizer import RUN_FILES, load_tokenizer
-    from moe_lab.train.load import load_model
-
-    self.loaded = load_model(workdir, FLAGS.step, FLAGS.budget)
-    found = [path for name in RUN_FILES if (path := workdir / name).exists()]
-    if not found:
-      raise UserError(
-        f"{workdir} has no {RUN_FILES[0]}: it was trained on a synthetic task, or imported without a tokenizer, "
-        "and has no text to generate"
-      )
-    self.tokenizer = load_tokenizer(str(found[0]), self.loaded.config.data.vocab_size)
-    self.loaded.check_fingerprint(self.tokenizer.fingerprint)
+  def __init__(self, text_model):
+    self._text, self.loaded, self.tokens = text_model, text_model.loaded, text_model.tokens
     self.routing = self.loaded.config.routing
-
-  def tokens(self, text: str) -> list[int]:
-    try:
-      text.encode()
-    except UnicodeEncodeError as error:
-      raise UserError(f"prompt: wanted text in UTF-8, but character {error.start + 1} is none") from None
-    return [self.tokenizer.bos_id, *self.tokenizer.encode(text).tolist()]
 
   def request(self, prompt: list[int], **changes):
     """Returns a request by the flags, and by what its line of a file says."""
@@ -106,32 +88,14 @@ class _Model:
       "stop": tuple(FLAGS.stop),
       "budget": self.loaded.budget,
     }
-    request = Request(prompt, stop_token=self.tokenizer.eos_id, **settings | changes)
+    request = Request(prompt, stop_token=self._text.tokenizer.eos_id, **settings | changes)
     request.check(self.loaded.config)
     return request
 
   def engine(self, slots: int, capacity: int, steps: int):
     """Returns an engine for sequences of at least `capacity` tokens: powers of two, so that few are ever compiled."""
-    import jax
-
-    from moe_lab.infer.engine import Engine
-
-    try:
-      return Engine(
-        self.loaded.config,
-        self.loaded.params,
-        self.loaded.router_state,
-        slots=slots,
-        capacity=max(1 << (capacity - 1).bit_length(), LEAST_CAPACITY),
-        steps=steps,
-        steady=FLAGS.steady,
-        budget=self.loaded.budget,
-        decode=self.tokenizer.decode,
-      )
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      raise UserError(f"max_tokens: no room for {slots} x {capacity} tokens in memory; wanted fewer") from None
+    capacity = max(1 << (capacity - 1).bit_length(), LEAST_CAPACITY)
+    return self._text.engine(slots=slots, capacity=capacity, steps=steps, steady=FLAGS.steady)
 
   def result(self, responses: list, engine, seconds: float) -> dict:
     """Returns what every way of generating reports."""
@@ -275,7 +239,9 @@ def main(workdir: Path) -> dict:
       raise UserError(f"--{name}={getattr(FLAGS, name)}: wanted with --{mode} only")
   if FLAGS.prompts and (out := _responses_file()).exists():
     raise UserError(f"--out={out}: it is there already; wanted the name of a new file")
-  model = _Model(workdir)
+  from moe_lab.train.load import load_text_model
+
+  model = _Model(load_text_model(workdir, FLAGS.step, FLAGS.budget))
   if FLAGS.prompts:
     result = _file(model, Path(FLAGS.prompts))
   else:

@@ -30,6 +30,22 @@ from moe_lab.routing.registry import make_router
 READERS = 4  # prompts that are read together: their experts' weights are fetched once
 
 
+class PromptScores(NamedTuple):
+  """What the model makes of a prompt of P tokens that is scored from token F on.
+
+  Attributes:
+    log_prob: float32 [P - F], of each token behind those before it, in nats.
+    greedy: bool [P - F], whether it is the likeliest.
+    experts: float32 [P], mean over layers of the experts spent on computing it.
+    top: of each scored token, as in `Token`.
+  """
+
+  log_prob: np.ndarray
+  greedy: np.ndarray
+  experts: np.ndarray
+  top: list[tuple[tuple[int, float], ...]]
+
+
 class Token(NamedTuple):
   """One generated token.
 
@@ -39,6 +55,8 @@ class Token(NamedTuple):
     experts: mean over layers of the experts spent on computing it.
     text: what can be shown now that it is there; empty without the engine's `decode`.
     finish: what ended the response with this token: stop | length; None: more are to come.
+    top: the likeliest tokens and their log-probabilities, as many as the request wants.
+    prompt: of a response's first token, where the request wants its prompt scored.
   """
 
   token: int
@@ -46,22 +64,50 @@ class Token(NamedTuple):
   experts: float
   text: str
   finish: str | None
+  top: tuple[tuple[int, float], ...] = ()
+  prompt: PromptScores | None = None
 
 
 @dataclasses.dataclass
 class _Serving:
-  """A request; `read` of its prompt's tokens are in the cache, `made` tokens were delivered."""
+  """A request; `read` of its prompt's tokens are in the cache, `made` tokens were delivered.
+
+  Of a prompt that is scored, chunk by chunk: `experts` of all its tokens, and `scores` from the first chunk on that
+  says something about a token to be scored.
+  """
 
   ticket: int
   request: Request
   stream: TextStream | None
   read: int = 0
   made: int = 0
+  experts: list[np.ndarray] = dataclasses.field(default_factory=list)
+  scores: list[programs.Scores] = dataclasses.field(default_factory=list)
 
   @property
   def reading(self) -> bool:
     """Whether there is more of the prompt."""
     return self.read < len(self.request.prompt)
+
+  @property
+  def scored(self) -> bool:
+    """Whether the next token of the prompt, or one that was read already, is to be scored."""
+    return self.request.log_probs_from is not None and self.request.log_probs_from <= self.read
+
+  def prompt_scores(self) -> PromptScores:
+    """Returns what was found, once the prompt is read."""
+    num = len(self.request.prompt) - self.request.log_probs_from
+    # The last token's successor is drawn, and not the prompt's.
+    found = (np.concatenate(parts)[-num - 1 : -1] for parts in zip(*self.scores, strict=True))
+    log_prob, greedy, top_token, top_log_prob = found
+    tops = [_top(self.request, *row) for row in zip(top_token, top_log_prob, strict=True)]
+    return PromptScores(log_prob, greedy, np.concatenate(self.experts), tops)
+
+
+def _top(request: Request, token_K: np.ndarray, log_prob_K: np.ndarray) -> tuple[tuple[int, float], ...]:
+  """Returns as many of the likeliest tokens as a request wants."""
+  pairs = zip(token_K[: request.top].tolist(), log_prob_K[: request.top].tolist(), strict=True)
+  return tuple(pairs)
 
 
 class Engine:
@@ -135,10 +181,13 @@ class Engine:
 
     # The cache and the slots are updated in place.
     model = Transformer(config, mesh, unrolled=True)
-    read = functools.partial(programs.read, model, rows(self._readers * chunk))
-    decode_steps = functools.partial(programs.decode, model, rows(slots), steps)
-    self._read = jax.jit(read, donate_argnums=(2, 3), **placed)
-    self._decode = jax.jit(decode_steps, donate_argnums=(2, 3), **placed)
+
+    def compiled(program, *fixed):
+      return jax.jit(functools.partial(program, model, *fixed), donate_argnums=(2, 3), **placed)
+
+    most = rows(self._readers * chunk)
+    self._read = {scored: compiled(programs.read, most, scored) for scored in (False, True)}
+    self._decode = compiled(programs.decode, rows(slots), steps)
 
     self._waiting: collections.deque[_Serving] = collections.deque()
     self._serving: list[_Serving | None] = [None] * slots
@@ -182,6 +231,22 @@ class Engine:
     return bool(self._waiting) or any(self._serving)
 
   @property
+  def num_waiting(self) -> int:
+    """Requests without a slot."""
+    return len(self._waiting)
+
+  @property
+  def num_serving(self) -> int:
+    """Requests with one."""
+    return sum(serving is not None for serving in self._serving)
+
+  def cancel(self, ticket: int) -> None:
+    """Forgets a request, if it is still there: nothing more comes of it, and its slot is free."""
+    self._waiting = collections.deque(serving for serving in self._waiting if serving.ticket != ticket)
+    # What decoding finds in a slot that serves nobody it leaves alone.
+    self._serving = [None if serving and serving.ticket == ticket else serving for serving in self._serving]
+
+  @property
   def reading(self) -> bool:
     """Whether prompts are read in the next step."""
     return bool(self._waiting and None in self._serving) or any(s and s.reading for s in self._serving)
@@ -216,9 +281,8 @@ class Engine:
           yield index_of[ticket], token
     finally:
       self._generating = False
-      # What decoding finds in a slot that serves nobody it leaves alone.
-      self._waiting.clear()
-      self._serving = [None] * self.slots
+      for ticket in index_of:
+        self.cancel(ticket)
 
   def _admit(self) -> None:
     """Gives free slots to who waits."""
@@ -236,25 +300,35 @@ class Engine:
 
   def _read_on(self, slots: list[int]) -> list[tuple[int, Token]]:
     """Reads one chunk of each slot's prompt; those read to the end give their first token."""
-    token_RL = np.zeros((self._readers, self.chunk), np.int32)
+    token_RL, next_RL = np.zeros((2, self._readers, self.chunk), np.int32)
     length_R, offset_R, slot_R = np.zeros((3, self._readers), np.int32)
-    last_R, entries = np.zeros(self._readers, bool), []
+    last_R, scored, entries = np.zeros(self._readers, bool), False, []
     for r, slot in enumerate(slots):
       serving = self._serving[slot]
       part = serving.request.prompt[serving.read : serving.read + self.chunk]
-      token_RL[r, : len(part)] = part
+      following = serving.request.prompt[serving.read + 1 : serving.read + 1 + self.chunk]
+      token_RL[r, : len(part)], next_RL[r, : len(following)] = part, following
       length_R[r], offset_R[r], slot_R[r] = len(part), serving.read, slot
       serving.read += len(part)
       last_R[r] = not serving.reading
+      scored |= serving.scored
       entries.append(self._entry(serving.request))
     entries += entries[:1] * (self._readers - len(entries))  # rows without a prompt join nothing
     entry_R = jax.tree.map(lambda old, *new_R: np.asarray(new_R, old.dtype), self._slots, *entries)
-    chunk = programs.Chunk(token_RL, length_R, offset_R, slot_R, last_R, entry_R)
-    self._cache, self._slots, made = self._read(self._params, self._router_state, self._cache, self._slots, chunk)
-    if not last_R.any():
+    chunk = programs.Chunk(token_RL, next_RL, length_R, offset_R, slot_R, last_R, entry_R)
+    self._cache, self._slots, found = self._read[scored](
+      self._params, self._router_state, self._cache, self._slots, chunk
+    )
+    wanting = [r for r, slot in enumerate(slots) if self._serving[slot].request.log_probs_from is not None]
+    if not last_R.any() and not wanting:
       return []
-    made = jax.device_get(made)
-    return [self._deliver(slot_R[r], *(values[r] for values in made[:3])) for r in np.nonzero(last_R)[0]]
+    made, experts_RL, scores = jax.device_get(found)
+    for r in wanting:
+      serving, length = self._serving[slot_R[r]], length_R[r]
+      serving.experts.append(experts_RL[r, :length])
+      if serving.scored:
+        serving.scores.append(programs.Scores(*(values[r, :length] for values in scores)))
+    return [self._deliver(slot_R[r], made, r) for r in np.nonzero(last_R)[0]]
 
   def _entry(self, request: Request) -> programs.Slots:
     """Returns a request as an entry of the slots."""
@@ -266,6 +340,7 @@ class Engine:
       stop=request.stop_token,
       budget=self.budget if request.budget is None else request.budget,
       experts=request.max_experts or self._config.routing.slots,
+      top=request.top,
       sampling=Sampling(request.temperature, request.top_k, request.top_p, request.min_p, request.seed),
     )
 
@@ -277,14 +352,15 @@ class Engine:
     delivered = []
     for step, slot in zip(*np.nonzero(made.there), strict=True):
       if self._serving[slot]:  # a stop string may have ended it within these steps
-        delivered.append(self._deliver(slot, *(values[step, slot] for values in made[:3])))
+        delivered.append(self._deliver(slot, made, (step, slot)))
     return delivered
 
-  def _deliver(self, slot: int, token, log_prob, experts) -> tuple[int, Token]:
-    """Turns a token of the device into what the caller gets; frees the slot after the last."""
-    serving, token = self._serving[slot], int(token)
+  def _deliver(self, slot: int, made: programs.Made, place) -> tuple[int, Token]:
+    """Turns the token at a place of what was made into what the caller gets; frees the slot after the last."""
+    serving, token = self._serving[slot], int(made.token[place])
     request, stream, text, finish = serving.request, serving.stream, "", None
     serving.made += 1
+    prompt = serving.prompt_scores() if serving.made == 1 and request.log_probs_from is not None else None
     if token == request.stop_token:
       finish = "stop"
     elif stream:
@@ -295,4 +371,6 @@ class Engine:
     if finish:
       self._serving[slot] = None
       text += stream.finish() if stream else ""
-    return serving.ticket, Token(token, float(log_prob), float(experts), text, finish)
+    top = _top(request, made.top_token[place], made.top_log_prob[place])
+    numbers = float(made.log_prob[place]), float(made.experts[place])
+    return serving.ticket, Token(token, *numbers, text, finish, top, prompt)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_lab.infer.sampling import Sampling, sample
+from moe_lab.infer.sampling import TOP, Sampling, argmax, likeliest, sample
 from moe_lab.nn.transformer import Output, Transformer, head
 from moe_lab.ops import native
 from moe_lab.routing.base import Caps
@@ -23,6 +23,7 @@ class Slots(NamedTuple):
     stop: int32, id that ends the sequence.
     budget: float32, mean experts asked for.
     experts: int32, most experts of a token.
+    top: int32, so many of the likeliest tokens are wanted beside each drawn one.
     sampling: settings.
   """
 
@@ -33,16 +34,37 @@ class Slots(NamedTuple):
   stop: jax.Array
   budget: jax.Array
   experts: jax.Array
+  top: jax.Array
   sampling: Sampling
 
 
 class Made(NamedTuple):
-  """Tokens: ids, log-probabilities in nats, mean experts over layers, and whether there is one at all."""
+  """Tokens: ids, log-probabilities in nats, mean experts over layers, and whether there is one at all.
+
+  And the TOP likeliest beside each: ids and log-probabilities, where a sequence wants them.
+  """
 
   token: jax.Array
   log_prob: jax.Array
   experts: jax.Array
   there: jax.Array
+  top_token: jax.Array
+  top_log_prob: jax.Array
+
+
+class Scores(NamedTuple):
+  """What a model makes of a prompt's own tokens, [R, L]; of the padding, anything.
+
+  Attributes:
+    log_prob: of the token that follows, in nats.
+    greedy: bool, whether that is the likeliest.
+    top_token, top_log_prob: the TOP likeliest, where a sequence wants them.
+  """
+
+  log_prob: jax.Array
+  greedy: jax.Array
+  top_token: jax.Array
+  top_log_prob: jax.Array
 
 
 class Chunk(NamedTuple):
@@ -50,6 +72,7 @@ class Chunk(NamedTuple):
 
   Attributes:
     token_RL: int32.
+    next_RL: int32, the token that follows each.
     length_R: int32, real tokens; the others are padding.
     offset_R: int32, position of the first.
     slot_R: int32, where each sequence lives.
@@ -58,6 +81,7 @@ class Chunk(NamedTuple):
   """
 
   token_RL: jax.Array
+  next_RL: jax.Array
   length_R: jax.Array
   offset_R: jax.Array
   slot_R: jax.Array
@@ -75,7 +99,7 @@ def free_slots(num: int) -> Slots:
     return jnp.zeros(num)
 
   sampling = Sampling(floats(), ints(), floats(), floats(), ints())
-  return Slots(ints(), ints(), ints(), ints(), ints(), floats(), ints(), sampling)
+  return Slots(ints(), ints(), ints(), ints(), ints(), floats(), ints(), ints(), sampling)
 
 
 def _after_drawing(slots: Slots, token_B: jax.Array) -> Slots:
@@ -93,19 +117,30 @@ def _logits(model: Transformer, out: Output, row_T, column_T) -> jax.Array:
   return head(hidden_TD, out.head_VD)
 
 
-def read(model: Transformer, rows: int | None, params, router_state, cache, slots: Slots, chunk: Chunk):
+def _scores(out: Output, chunk: Chunk) -> Scores:
+  """Returns what the model makes of the tokens that follow."""
+  logits_RLV = head(out.hidden_BLD, out.head_VD)
+  log_prob_RL = jnp.take_along_axis(logits_RLV, chunk.next_RL[..., None], axis=-1)[..., 0]
+  log_prob_RL = log_prob_RL - jax.nn.logsumexp(logits_RLV, axis=-1)
+  shape = chunk.token_RL.shape
+  top = likeliest(logits_RLV.reshape(-1, logits_RLV.shape[-1]), jnp.any(chunk.entry_R.top > 0))
+  return Scores(log_prob_RL, argmax(logits_RLV) == chunk.next_RL, *(values.reshape(*shape, -1) for values in top))
+
+
+def read(model: Transformer, rows: int | None, scored: bool, params, router_state, cache, slots: Slots, chunk: Chunk):
   """Reads a chunk; sequences whose prompt ends draw their first token.
 
   Args:
     model: unrolled.
     rows: most expert rows of a layer; None: no bound.
+    scored: whether the prompt's own tokens are scored.
     params, router_state: of the model.
     cache: of all slots.
     slots: all.
     chunk: what to read.
 
   Returns:
-    cache, slots, and `Made` [R].
+    cache, slots, and `Made` [R], the experts of the chunk's tokens, mean over layers [R, L], and `Scores` or None.
   """
   num, length = chunk.token_RL.shape
   segment_RL = (jnp.arange(length) < chunk.length_R[:, None]).astype(jnp.int32)
@@ -115,12 +150,14 @@ def read(model: Transformer, rows: int | None, params, router_state, cache, slot
   )  # fmt: skip
   end_R = jnp.maximum(chunk.length_R - 1, 0)
   logits_RV = _logits(model, out, jnp.arange(num), end_R)
-  experts_R = out.stats.count_T.reshape(-1, num, length)[:, jnp.arange(num), end_R].astype(jnp.float32).mean(0)
+  experts_RL = out.stats.count_T.reshape(-1, num, length).astype(jnp.float32).mean(0)
   token_R, log_prob_R = sample(logits_RV, chunk.entry_R.drawn, chunk.entry_R.sampling)
   place_R = jnp.where(chunk.last_R, chunk.slot_R, slots.token.size)
   entry_R = _after_drawing(chunk.entry_R, token_R)
   slots = jax.tree.map(lambda old_B, new_R: old_B.at[place_R].set(new_R, mode="drop"), slots, entry_R)
-  return out.cache, slots, Made(token_R, log_prob_R, experts_R, chunk.last_R)
+  top = likeliest(logits_RV, jnp.any(chunk.last_R & (chunk.entry_R.top > 0)))
+  made = Made(token_R, log_prob_R, experts_RL[jnp.arange(num), end_R], chunk.last_R, *top)
+  return out.cache, slots, (made, experts_RL, _scores(out, chunk) if scored else None)
 
 
 def decode(model: Transformer, rows: int | None, steps: int, params, router_state, cache, slots: Slots, live_B):
@@ -130,7 +167,11 @@ def decode(model: Transformer, rows: int | None, steps: int, params, router_stat
   """
   slots = slots._replace(left=jnp.where(live_B, slots.left, 0))
   shape = (steps, live_B.size)
-  made = Made(*(jnp.zeros(shape, dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32, bool)))
+  top_shape = (*shape, min(TOP, model.config.data.vocab_size))
+  made = Made(
+    *(jnp.zeros(shape, dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32, bool)),
+    *(jnp.zeros(top_shape, dtype) for dtype in (jnp.int32, jnp.float32)),
+  )
 
   def one(carry):
     step, cache, slots, made = carry
@@ -139,8 +180,10 @@ def decode(model: Transformer, rows: int | None, steps: int, params, router_stat
       {"params": params}, slots.token[:, None], active_B[:, None].astype(jnp.int32), slots.budget, router_state,
       caps=Caps(slots.experts, rows), cache=cache, offset=slots.position,
     )  # fmt: skip
-    token_B, log_prob_B = sample(_logits(model, out, jnp.arange(live_B.size), 0), slots.drawn, slots.sampling)
-    new = Made(token_B, log_prob_B, out.stats.count_T.astype(jnp.float32).mean(0), active_B)
+    logits_BV = _logits(model, out, jnp.arange(live_B.size), 0)
+    token_B, log_prob_B = sample(logits_BV, slots.drawn, slots.sampling)
+    top = likeliest(logits_BV, jnp.any(active_B & (slots.top > 0)))
+    new = Made(token_B, log_prob_B, out.stats.count_T.astype(jnp.float32).mean(0), active_B, *top)
     made = jax.tree.map(lambda all_nB, new_B: all_nB.at[step].set(new_B), made, new)
     moved = _after_drawing(slots._replace(position=slots.position + 1), token_B)
     return step + 1, out.cache, jax.tree.map(functools.partial(jnp.where, active_B), moved, slots), made

@@ -8,6 +8,7 @@ import numpy as np
 
 from moe_lab.config.schema import Config
 from moe_lab.errors import UserError
+from moe_lab.infer.sampling import TOP
 
 _MOST = 2**31 - 1  # of an integer on the device
 
@@ -24,6 +25,8 @@ class Request:
     max_experts: no token takes more; None: the method's own most.
     stop: strings that end the text and are not part of it; they need the engine's `decode`.
     stop_token: an id that ends it, and is its last token; -1: none.
+    top: so many of the likeliest tokens come beside each drawn one, and beside each that is scored.
+    log_probs_from: the prompt's tokens are scored from this one on, at least the second (1); None: none is.
   """
 
   prompt: Sequence[int]
@@ -37,6 +40,8 @@ class Request:
   max_experts: int | None = None
   stop: tuple[str, ...] = ()
   stop_token: int = -1
+  top: int = 0
+  log_probs_from: int | None = None
 
   def check(self, config: Config) -> None:
     """Raises UserError, a line that names the field, if no model of this configuration could serve it."""
@@ -57,6 +62,9 @@ class Request:
     if self.max_experts is not None:
       self._check_range("max_experts", max(routing.k_min, 1), _MOST)
     self._check_range("stop_token", -1, vocab_size - 1)
+    self._check_range("top", 0, TOP)
+    if self.log_probs_from is not None:
+      self._check_range("log_probs_from", 1, len(self.prompt))
     if not all(self.stop):
       raise UserError('stop="": wanted text')
 

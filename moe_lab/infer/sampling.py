@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+TOP = 20  # most of the likeliest tokens that come beside a drawn one
+
 
 class Sampling(NamedTuple):
   """How each sequence draws, [B]; filters apply to the probabilities at `temperature`, top_k first.
@@ -54,8 +56,8 @@ def kept(probability_V: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: ja
   return kept_V & (probability_V >= jnp.minimum(jnp.maximum(least, min_p * highest), highest))
 
 
-def _likeliest(logits_BV: jax.Array) -> jax.Array:
-  """Returns the first token with the highest logit; `argmax` keeps pairs, and XLA on CPU takes ten times as long."""
+def argmax(logits_BV: jax.Array) -> jax.Array:
+  """Returns the first token with the highest logit; jax's own keeps pairs, and XLA on CPU takes ten times as long."""
   size = logits_BV.shape[-1]
   is_highest_BV = logits_BV >= logits_BV.max(-1, keepdims=True)
   return jnp.minimum(jnp.where(is_highest_BV, jnp.arange(size, dtype=jnp.int32), size).min(-1), size - 1)
@@ -67,7 +69,7 @@ def _draw(logits_V: jax.Array, index: jax.Array, sampling: Sampling) -> jax.Arra
   kept_V = kept(probability_V, sampling.top_k, sampling.top_p, sampling.min_p)
   key = jax.random.fold_in(jax.random.key(sampling.seed), index)
   noised_V = jnp.where(kept_V, jnp.log(probability_V) + jax.random.gumbel(key, logits_V.shape), -jnp.inf)
-  return _likeliest(jnp.where(sampling.temperature > 0, noised_V, logits_V))
+  return argmax(jnp.where(sampling.temperature > 0, noised_V, logits_V))
 
 
 def sample(logits_BV: jax.Array, index_B: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
@@ -81,7 +83,21 @@ def sample(logits_BV: jax.Array, index_B: jax.Array, sampling: Sampling) -> tupl
   token_B = jax.lax.cond(
     jnp.any(sampling.temperature > 0),
     lambda: jax.vmap(_draw)(logits_BV, index_B, sampling),
-    lambda: _likeliest(logits_BV),
+    lambda: argmax(logits_BV),
   )
   chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
   return token_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+
+
+def likeliest(logits_TV: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the TOP likeliest tokens, int32 [T, TOP], and their log-probabilities in nats; zeros unless `wanted`."""
+  num = min(TOP, logits_TV.shape[-1])
+
+  def sort():
+    logit_TK, token_TK = jax.lax.top_k(logits_TV, num)
+    return token_TK, logit_TK - jax.nn.logsumexp(logits_TV, axis=-1, keepdims=True)
+
+  def nothing():
+    return jnp.zeros((len(logits_TV), num), jnp.int32), jnp.zeros((len(logits_TV), num))
+
+  return jax.lax.cond(wanted, sort, nothing)

@@ -71,7 +71,7 @@ def compile_serving(config: Config, mesh: Mesh, serving: Serving) -> Compiled:
     run = functools.partial(programs.decode, model, None, 1)
     last = _placed(jax.ShapeDtypeStruct((serving.slots,), bool), by_slot)
   else:
-    run = functools.partial(programs.read, model, None)
+    run = functools.partial(programs.read, model, None, False)
     last = _placed(jax.eval_shape(lambda: _chunk(serving)), everywhere)
   program = jax.jit(run, donate_argnums=(2, 3), out_shardings=(by_ring, by_slot, None))
   arguments = params, _placed(state.router_state, everywhere), cache, slots, last
@@ -80,6 +80,6 @@ def compile_serving(config: Config, mesh: Mesh, serving: Serving) -> Compiled:
 
 
 def _chunk(serving: Serving) -> programs.Chunk:
-  ints, rows = jnp.zeros(serving.rows, jnp.int32), (serving.rows, serving.chunk)
+  ints, tokens = jnp.zeros(serving.rows, jnp.int32), jnp.zeros((serving.rows, serving.chunk), jnp.int32)
   entry = programs.free_slots(serving.rows)
-  return programs.Chunk(jnp.zeros(rows, jnp.int32), ints, ints, ints, jnp.zeros(serving.rows, bool), entry)
+  return programs.Chunk(tokens, tokens, ints, ints, ints, jnp.zeros(serving.rows, bool), entry)

@@ -3,8 +3,12 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from moe_lab.config.schema import Config
+from moe_lab.data.tokenizer import RUN_FILES, Tokenizer, load_tokenizer
 from moe_lab.errors import UserError
+from moe_lab.infer.engine import Engine
 from moe_lab.io.checkpoint import Checkpointer
 from moe_lab.io.run import load_run
 from moe_lab.nn.transformer import Transformer
@@ -40,6 +44,36 @@ class LoadedModel(NamedTuple):
         f"the tokenizer now is {found[:12]}, but the checkpoint was trained with {self.fingerprint[:12]}: "
         "the data of the run must be the same as when it was trained"
       )
+
+
+class TextModel(NamedTuple):
+  """A checkpoint and the tokenizer it was trained with: text in, text out."""
+
+  loaded: LoadedModel
+  tokenizer: Tokenizer
+
+  def tokens(self, text: str) -> list[int]:
+    """Returns a text's ids, behind the one that begins a document. Raises UserError if the text is not UTF-8."""
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      raise UserError(f"prompt: wanted text in UTF-8, but character {error.start + 1} is none") from None
+    return [self.tokenizer.bos_id, *self.tokenizer.encode(text).tolist()]
+
+  def engine(self, *, slots: int, capacity: int, **arguments) -> Engine:
+    """Returns an engine that serves the model at its budget; arguments: of `Engine`.
+
+    Raises:
+      UserError: memory has no room for so many sequences; or as `Engine`.
+    """
+    model = self.loaded
+    settings = {"budget": model.budget, "decode": self.tokenizer.decode} | arguments
+    try:
+      return Engine(model.config, model.params, model.router_state, slots=slots, capacity=capacity, **settings)
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      raise UserError(f"max_tokens: no room for {slots} x {capacity} tokens in memory; wanted fewer") from None
 
 
 def checked_budget(config: Config, budget: float | None) -> float:
@@ -78,3 +112,17 @@ def load_model(workdir: Path, step: int | None = None, budget: float | None = No
   return LoadedModel(
     config, Transformer(config), state.params, state.router_state, budget, step, info["tokenizer_fingerprint"]
   )
+
+
+def load_text_model(workdir: Path, step: int | None = None, budget: float | None = None) -> TextModel:
+  """Loads a checkpoint with its tokenizer; arguments and errors as `load_model`'s, and UserError for a run without."""
+  loaded = load_model(workdir, step, budget)
+  found = [path for name in RUN_FILES if (path := workdir / name).exists()]
+  if not found:
+    raise UserError(
+      f"{workdir} has no {RUN_FILES[0]}: it was trained on a synthetic task, or imported without a tokenizer, "
+      "and has no text to generate"
+    )
+  tokenizer = load_tokenizer(str(found[0]), loaded.config.data.vocab_size)
+  loaded.check_fingerprint(tokenizer.fingerprint)
+  return TextModel(loaded, tokenizer)

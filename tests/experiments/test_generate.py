@@ -10,7 +10,7 @@ import pytest
 
 from experiments import generate
 from moe_lab.errors import UserError
-from moe_lab.train.load import LoadedModel
+from moe_lab.train.load import LoadedModel, TextModel
 from tests.infer.models import VOCAB, make
 
 
@@ -29,10 +29,7 @@ class Letters:
 @pytest.fixture
 def model():
   config, params, state = make("windowed")
-  model = object.__new__(generate._Model)
-  model.loaded = LoadedModel(config, None, params, state, 2.0, 1, "")
-  model.tokenizer, model.routing = Letters(), config.routing
-  return model
+  return generate._Model(TextModel(LoadedModel(config, None, params, state, 2.0, 1, ""), Letters()))
 
 
 def flags(*arguments):
@@ -66,7 +63,7 @@ def test_lengths_that_differ_a_little_share_their_programs(model):
 
 def test_a_cache_that_no_memory_holds_is_one_line(model):
   flags()
-  with pytest.raises(UserError, match="no room for 8 x 1000000000 tokens"):
+  with pytest.raises(UserError, match="no room for 8 x 1073741824 tokens"):
     model.engine(8, 10**9, 1)
 
 

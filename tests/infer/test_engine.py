@@ -101,6 +101,56 @@ def test_a_budget_and_a_cap_are_each_requests_own():
   assert many.mean() > few.mean() and many.max() > 2 >= capped.max() and capped.min() >= 1
 
 
+@pytest.mark.parametrize("name", ["windowed", "topk_rotary_dense"])
+def test_prompts_are_scored_from_a_token_on(name):
+  # Within the first chunk of 16 tokens, from a chunk's edge on, in the third, and nothing but what was drawn.
+  asked = [(40, 1, 3), (40, 16, 0), (40, 17, 2), (50, 37, 20), (1, 1, 0), (33, 33, 1)]
+  requests = [Request(prompt(n, n), max_tokens=2, log_probs_from=start, top=top) for n, start, top in asked]
+  for request, made in zip(requests, responses(engine(name), requests + [Request(prompt(60), 9)]), strict=False):
+    tokens, start = request.prompt, request.log_probs_from
+    found = made[0].prompt
+    assert made[1].prompt is None
+    out = forward(name)([*tokens, *[0] * (256 - len(tokens))])
+    log_prob_LV = np.asarray(jax.nn.log_softmax(out.logits_BLV[0]))
+    np.testing.assert_allclose(found.experts, out.stats.count_T.mean(0)[: len(tokens)], rtol=1e-6)
+    scored_LV = log_prob_LV[start - 1 : len(tokens) - 1]
+    np.testing.assert_allclose(found.log_prob, scored_LV[np.arange(len(scored_LV)), tokens[start:]], atol=1e-5)
+    np.testing.assert_array_equal(found.greedy, scored_LV.argmax(-1) == tokens[start:])
+    assert len(found.top) == len(found.log_prob) and {len(top) for top in [*found.top, made[1].top]} == {request.top}
+    for row_V, top in zip([*scored_LV, log_prob_LV[len(tokens) - 1]], [*found.top, made[0].top], strict=True):
+      np.testing.assert_array_equal([token for token, _ in top], np.argsort(-row_V, stable=True)[: request.top])
+      np.testing.assert_allclose([value for _, value in top], np.sort(row_V)[::-1][: request.top], atol=1e-5)
+
+
+def test_the_likeliest_beside_each_drawn_token():
+  asked = Request(prompt(20), 12, temperature=1.5, seed=3, top=4)
+  [made, others] = responses(engine("windowed"), [asked, Request(prompt(9), 12)])
+  out = forward("windowed")([*asked.prompt, *(token.token for token in made[:-1])])
+  for row_V, token in zip(jax.nn.log_softmax(out.logits_BLV[0, 19:]), made, strict=True):
+    np.testing.assert_array_equal([other for other, _ in token.top], np.argsort(-row_V, stable=True)[:4])
+    np.testing.assert_allclose([value for _, value in token.top], np.sort(row_V)[::-1][:4], atol=1e-5)
+  assert all(token.top == () for token in others)
+
+
+def test_a_request_is_forgotten_wherever_it_is():
+  served = engine("windowed", slots=2, capacity=128)
+  [alone] = responses(served, [Request(prompt(40), 20)])
+  tickets = [served.submit(Request(prompt(40, seed), 20)) for seed in (0, 1, 2, 3, 0)]
+  assert (served.num_serving, served.num_waiting) == (0, 5)
+  made = served.step()
+  assert (served.num_serving, served.num_waiting) == (2, 3) and {ticket for ticket, _ in made} == set(tickets[:2])
+  served.cancel(tickets[1])  # which decodes
+  served.cancel(tickets[2])  # which waits
+  served.cancel(tickets[2])
+  assert (served.num_serving, served.num_waiting) == (1, 2)
+  while served.busy:
+    made += served.step()
+  of = {ticket: [token for other, token in made if other == ticket] for ticket in tickets}
+  assert len(of[tickets[1]]) < 20 and not of[tickets[2]] and len(of[tickets[3]]) == 20
+  for ticket in (tickets[0], tickets[4]):  # who was beside it, and who took its slot
+    assert [token.token for token in of[ticket]] == [token.token for token in alone]
+
+
 def test_steady_bounds_the_rows_and_leaves_everybody_an_expert():
   # The untrained policy takes four experts at a budget of four: twelve rows, where 3 * 1.5, rounded up, are allowed.
   requests = [Request(prompt(10, n), 20, budget=4.0) for n in range(3)]
@@ -165,6 +215,8 @@ def test_an_engine_serves_on_after_a_break_and_after_a_refusal():
     (Request([1], budget=99), "budget=99: wanted a number from 1 to 4"),
     (Request([1], seed=-1), "seed=-1: wanted a number from 0"),
     (Request([1], stop=("",)), 'stop="": wanted text'),
+    (Request([1], top=21), "top=21: wanted a number from 0 to 20"),
+    (Request([1, 2], log_probs_from=0), "log_probs_from=0: wanted a number from 1 to 2"),
     (Request([1], stop_token=10**12), "stop_token=1000000000000: wanted a number from -1 to 39"),
   ],
 )

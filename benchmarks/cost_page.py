@@ -15,29 +15,30 @@ BUSY = 0.1  # of the cores at rest: from here on the reader is told first
 
 
 def rows(found: dict) -> list[tuple[str, ...]]:
-  """Returns the table of all cells, its head first."""
-  priced = "price_per_million_tokens" in found["cells"][0]
-  head = ["who", "asked", "clients", "experts", "p50", "p95", "p99", "first token p50", "p99", "tokens/s"]
-  head += ["FLOPs/token", "GFLOP/s", "of peak", "device-hours/M tokens", *(["price/M tokens"] if priced else [])]
-  head += ["J/response", "above rest", "g CO2/response"]
-  return [tuple(head)] + [
+  """Returns the table of all cells, its head first; prices and energy where there are any."""
+  head = ["who", "asked", "clients", "experts", "p50, ms", "p95, ms", "p99, ms", "first p50, ms", "first p99, ms"]
+  head += ["tokens/s", "MFLOP/token", "GFLOP/s", "of peak", "device-hours/M tokens"]
+  further = {
+    "price_per_million_tokens": "price/M tokens",
+    "joules_per_response": "J/response",
+    "joules_above_idle_per_response": "of it above rest",
+    "grams_co2_per_response": "g CO2/response",
+  }
+  further = {name: title for name, title in further.items() if found["cells"][0].get(name) is not None}
+  return [(*head, *further.values())] + [
     (
       cell["who"],
       f"{cell['budget']:g}",
       str(cell["clients"]),
       f"{cell['experts']:.2f}",
-      *(f"{cell['latency_ms'][p]:,.0f} ms" for p in ("p50", "p95", "p99")),
-      *(f"{cell['first_token_ms'][p]:,.0f} ms" for p in ("p50", "p99")),
+      *_milliseconds(cell["latency_ms"]),
+      *_milliseconds({p: cell["first_token_ms"][p] for p in ("p50", "p99")}),
       f"{cell['tokens_per_second']:,.0f}",
-      f"{cell['flops_per_token'] / 1e6:,.1f} M",
+      f"{cell['flops_per_token'] / 1e6:,.1f}",
       f"{cell['flops_per_second'] / 1e9:,.1f}",
       f"{cell['of_peak']:.1%}",
       f"{cell['device_hours_per_million_tokens']:.3g}",
-      *([f"{cell['price_per_million_tokens']:.3g}"] if priced else []),
-      *(
-        "-" if cell[name] is None else f"{cell[name]:.3g}"
-        for name in ("joules_per_response", "joules_above_idle_per_response", "grams_co2_per_response")
-      ),
+      *(f"{cell[name]:.3g}" for name in further),
     )
     for cell in found["cells"]
   ]
@@ -46,7 +47,7 @@ def rows(found: dict) -> list[tuple[str, ...]]:
 def kinds(found: dict) -> list[tuple[str, ...]]:
   """Returns the table of easy and hard prompts, at the most clients."""
   most = found["settings"]["concurrency"]
-  head = ("who", "asked", "prompts", "responses", "experts", "p50", "p95", "p99")
+  head = ("who", "asked", "prompts", "responses", "experts", "p50, ms", "p95, ms", "p99, ms")
   return [head] + [
     (
       cell["who"],
@@ -54,13 +55,17 @@ def kinds(found: dict) -> list[tuple[str, ...]]:
       kind,
       str(of_kind["responses"]),
       f"{of_kind['experts']:.2f}",
-      *(f"{of_kind['latency_ms'][p]:,.0f} ms" for p in ("p50", "p95", "p99")),
+      *_milliseconds(of_kind["latency_ms"]),
     )
     for cell in found["cells"]
     if cell["clients"] == most
     for kind, of_kind in cell["by_kind"].items()
     if of_kind
   ]
+
+
+def _milliseconds(percentiles: dict[str, float]) -> list[str]:
+  return [f"{value:,.0f}" for value in percentiles.values()]
 
 
 def words(found: dict, machine: dict) -> list[str]:
@@ -74,9 +79,9 @@ def words(found: dict, machine: dict) -> list[str]:
     f"{losses['easy']:.2f} nats on average) and a hard one ({losses['hard']:.2f}); responses of {NEW} tokens, sampled. "
     f"The engine has {settings['concurrency']} slots throughout. Each client asks again as soon as it is answered.",
     f"Of each row {count} responses over {settings['rounds']} rounds, by turns, after one of each client that does not "
-    "count. Latencies are those of all responses together, from submission to the last token; tokens/s are the median "
-    "round's, reading the prompts included. FLOPs by moe_lab/evaluate/flops.py, of a generated token; GFLOP/s with the "
-    "prompts'.",
+    'count. Latencies are those of all responses together, from submission to the last token; "first": to the first. '
+    "Tokens/s are the median round's, reading the prompts included. FLOPs by moe_lab/evaluate/flops.py, of a generated "
+    "token; GFLOP/s with the prompts'.",
   ]
   if count < ENOUGH:
     told.append(f"Fewer than {ENOUGH} responses a row: p99 is hardly more than the slowest of them.")

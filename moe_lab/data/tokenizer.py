@@ -107,6 +107,10 @@ class Tokenizer:
     """Returns the text of ids; control ids are empty, bytes that are not UTF-8 become U+FFFD."""
     return b"".join([self._bytes[i] for i in ids]).decode("utf-8", errors="replace")
 
+  def token_bytes(self, token: int) -> bytes:
+    """Returns the bytes of text that an id stands for; none for control ids."""
+    return self._bytes[token]
+
   def bytes_per_token(self) -> np.ndarray:
     """Returns int32 [V]: the UTF-8 bytes of text each id stands for; 0 for control ids."""
     return np.array([len(piece) for piece in self._bytes], np.int32)

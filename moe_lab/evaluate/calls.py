@@ -13,6 +13,7 @@ import json
 import random
 
 ANSWER = 2**22  # bytes of a result, at most
+_TOLD = 200  # characters of an error
 _LARGE = 1000  # bits: a longer integer goes in hexadecimal, which Python reads without a limit of digits
 
 
@@ -99,7 +100,7 @@ class Remote:
 
   def __init__(self, requests: int, answers: int):
     self._requests = open(requests, "w")
-    self._answers = open(answers)
+    self._answers = open(answers, "rb")
 
   def __call__(self, *args, **kwargs):
     try:
@@ -112,12 +113,13 @@ class Remote:
       raise Gone
     try:
       said = json.loads(line)
-      result = decode(said["result"]) if "result" in said else None
+      if "error" in said:
+        raise Failed(str(said["error"])[:_TOLD])
+      return decode(said["result"])
+    except Failed:
+      raise
     except Exception:
       raise Failed("its answer cannot be read") from None
-    if "error" in said:
-      raise Failed(str(said["error"]))
-    return result
 
 
 def judge(prompt: str, test: str, name: str, requests: int, answers: int) -> None:
@@ -147,4 +149,4 @@ def judge(prompt: str, test: str, name: str, requests: int, answers: int) -> Non
 
 
 def _told(error: Exception) -> str:
-  return f"{type(error).__name__}: {error}"[:200]
+  return f"{type(error).__name__}: {error}"[:_TOLD]

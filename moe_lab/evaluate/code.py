@@ -122,8 +122,8 @@ def judge(problem: Mapping[str, str], completion: str, *, timeout: float = sandb
       output, early = judging.read(deadline)
       if early == "time-out":
         return Judged("time-out", f"no verdict in {timeout:g} s")
-      how, code = judging.wait(deadline)
-      verdict = _verdict(output) if (how, code) == ("exit", 0) and not early else None
+      how, code = (early, None) if early else judging.wait(deadline)
+      verdict = _verdict(output) if (how, code) == ("exit", 0) else None
       if verdict is None:
         return Judged("failed", f"the test ended by {how} {code}")
       if verdict["verdict"] != "gone":

@@ -22,7 +22,7 @@ from pathlib import Path
 from moe_lab.errors import UserError
 from moe_lab.evaluate.tasks import generated, gym, prose, text
 from moe_lab.evaluate.tasks.items import chosen, numbered
-from moe_lab.io.files import dump_json
+from moe_lab.io.files import dump_json, open_up
 
 ITEMS = 200
 MOST_ITEMS = 5000
@@ -131,9 +131,7 @@ def _put(folder: Path, files: Mapping[str, str]) -> None:
     try:
       for name, content in files.items():
         (scratch / name).write_bytes(content.encode())
-      umask = os.umask(0)
-      os.umask(umask)
-      scratch.chmod(0o777 & ~umask)  # mkdtemp's is private
+      open_up(scratch)
       os.rename(scratch, folder)
     except BaseException:
       shutil.rmtree(scratch, ignore_errors=True)

@@ -23,6 +23,7 @@ import re
 import selectors
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -193,10 +194,11 @@ def check() -> None:
     raise NoSandbox(
       "sandbox: wanted `bwrap` to run generated code in (apt-get install bubblewrap); it is not run without one"
     )
-  with tempfile.TemporaryDirectory() as folder:
+  with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
     canary = Path(folder, "canary")
     canary.write_text("outside")
-    result = _run(_PROBE.replace("CANARY", json.dumps(str(canary))), TIMEOUT)
+    outside = f"CANARY, PORT = {str(canary)!r}, {server.getsockname()[1]}\n"
+    result = _run(outside + _PROBE, TIMEOUT)
     intact = os.listdir(folder) == ["canary"] and canary.read_text() == "outside"
   lines = result.output.splitlines()
   if result.how != "exit" or not lines or not lines[-1].startswith("["):
@@ -220,7 +222,8 @@ attempts = {
   "writing to /tmp": lambda: open_to_write("/tmp/new"),
   "writing to the library": lambda: open_to_write(os.path.join(os.path.dirname(os.__file__), "new.py")),
   "a listing of /proc": lambda: os.listdir("/proc"),
-  "a socket": lambda: socket.socket().connect(("127.0.0.1", 9)),
+  "a socket": lambda: socket.socket(),
+  "the network": lambda: socket.create_connection(("127.0.0.1", PORT), 1),
   "a second process": lambda: os.fork() or os._exit(0),
   "becoming root": lambda: os.setuid(0),
   "endless memory": memory,

@@ -33,6 +33,7 @@ from moe_lab.train.losses import num_twins
 from moe_lab.train.metrics import Metrics, merge, summarise
 from moe_lab.train.optimizer import make_optimizer
 from moe_lab.train.signals import AnyPreempted, Preemption
+from moe_lab.train.skipped import SkippedBatches
 from moe_lab.train.state import TrainState, abstract_state, initial_state
 from moe_lab.train.step import make_train_step
 from moe_lab.train.watchdog import Watchdog
@@ -170,6 +171,7 @@ class _Training:
     self.model, self.optimizer = Transformer(config, self.mesh), make_optimizer(config.train)
     self.eval_step = watchdog.watched("an evaluation", make_eval_step(config, self.model))
     self.loader = data.train_loader(config.train.batch_size)
+    self.skipped = SkippedBatches(run.workdir, hosts.is_first())
 
   def run(self) -> dict:
     """Trains to the end; see `train`."""
@@ -193,6 +195,7 @@ class _Training:
       state, metrics = train_step(state, on_devices(batch, self.mesh) if self.mesh else batch)
       since = metrics if since is None else merge(since, metrics)
       step += 1
+      self.skipped.add(step, batch, metrics.skipped)
       log = step % config.log_every == 0 or step == self.config.routing.warmup_steps
       evaluating = step % config.eval_every == 0 or step == config.steps
       saving = step % config.checkpoint_every == 0 or step == config.steps
@@ -248,11 +251,14 @@ class _Training:
     self.progress.update(
       step, loss=record["loss"], mean_experts=record["mean_experts"], budget=budget, tokens_per_second=speed
     )
-    if record["skipped"]:
-      self.progress.note(f"step {step}: {record['skipped']} updates skipped, gradient not finite")
+    for found in self.skipped.look():
+      self.writer.write(self._position("skipped", found["step"]) | {"batch": found["batch"]})
+      where = f"; its batch is in {found['batch']}" if found["batch"] else ""
+      self.progress.note(f"step {found['step']}: update skipped, gradient not finite or a spike{where}")
     if int(state.skipped_in_a_row) >= self.config.train.max_skipped:
       raise RunError(
-        f"{int(state.skipped_in_a_row)} updates in a row had a gradient that is not finite, up to step {step}; "
+        f"{int(state.skipped_in_a_row)} updates in a row had a gradient that is not finite, or a spike, "
+        f"up to step {step}; "
         f"the last good checkpoint is step {self.checkpointer.latest_step()}; "
         f"lower config.train.learning_rate = {self.config.train.learning_rate}"
       )

@@ -128,6 +128,24 @@ def test_no_program_can_say_that_it_passed(judge, name):
 
 
 @needs_bwrap
+@pytest.mark.parametrize("line", [
+  "b'[]'", "b'7'", "b'\"result\"'", "b'\\xff'", "b'\\0'", "b'['*10**6", "b'9'*10**6",
+  "b'{\"result\": ' + b'[\"list\",['*10**5 + b']]'*10**5 + b'}'",
+  "b'{\"result\": [\"int\", \"0x' + b'f'*4*10**6 + b'\"]}'",
+  "b'{\"result\": [\"set\", [[\"list\", []]]]}'", "b'{\"result\": [\"list\", [' + b'0,'*10**6 + b'0]]}'",
+  "b'{\"error\": \"' + b'e'*10**6 + b'\"}'", "b'{\"error\": {}}'",
+])  # fmt: skip
+def test_an_answer_that_is_none_fails(judge, line):
+  # Written straight into the pipe, before the function's own.
+  forged = (
+    "  import os\n  for fd in range(3, 64):\n"
+    f"    try: os.write(fd, {line} + b'\\\\n')\n    except OSError: pass\n  return 4"
+  )
+  found = judge(forged)
+  assert found.outcome == "failed" and len(found.detail) < 300, found
+
+
+@needs_bwrap
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the calls of a 32-bit program are x86's")
 def test_a_call_of_another_architecture_kills(judge):
   fork = """

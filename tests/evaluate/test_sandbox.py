@@ -12,6 +12,7 @@ import pytest
 
 from moe_lab.evaluate import sandbox, seccomp
 
+ALLOW_ALL = bytes.fromhex("06000000 0000ff7f")  # a filter: BPF_RET, SECCOMP_RET_ALLOW
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 
@@ -232,8 +233,7 @@ def test_another_program_gets_the_same_walls(attack):
 
 @needs_bwrap
 def test_the_namespaces_hold_without_the_filter(monkeypatch, attack):
-  allow_all = bytes.fromhex("06000000 0000ff7f")  # BPF_RET, SECCOMP_RET_ALLOW
-  monkeypatch.setattr(seccomp, "program", lambda: allow_all)
+  monkeypatch.setattr(seccomp, "program", lambda: ALLOW_ALL)
   tries = {
     "connect": "import socket\nsocket.create_connection(('8.8.8.8', 53), 1)",
     "write": "open('/hostile', 'w')",
@@ -328,28 +328,29 @@ def test_a_bubblewrap_that_cannot_work_is_refused(monkeypatch, tmp_path, body, s
 
 
 @needs_bwrap
-@pytest.mark.parametrize("wall, worked", [
-  ("--unshare-net", None),  # the filter has no socket either
-  ("--remount-ro", "writing to the root"),
-  ("--cap-drop", None),
+@pytest.mark.parametrize("wall, instead, worked", [
+  (["--unshare-net"], [], "the network"),
+  (["--remount-ro", "/"], [], "writing to the root"),
+  (["--uid", "65534"], ["--uid", "1000"], "another user"),
+  (["--remount-ro", "/"], ["--proc", "/proc", "--remount-ro", "/"], "a listing of /proc"),
+  (["--setenv", "PYTHONHASHSEED", "0"], ["--setenv", "SECRET", "0"], "reading the environment"),
+  (["--remount-ro", "/"], ["--ro-bind", "/tmp", "/tmp", "--remount-ro", "/"], "reading outside"),
 ])  # fmt: skip
-def test_the_self_test_sees_a_missing_wall(monkeypatch, wall, worked):
+def test_the_self_test_sees_a_missing_wall(monkeypatch, wall, instead, worked):
   command = sandbox._command
 
-  def without(*args):
+  def another(*args):
     line = command(*args)
-    place = max(index for index, word in enumerate(line) if word == wall)
-    return line[:place] + line[place + (1 if wall.startswith("--unshare") else 2) :]
+    place = max(index for index in range(len(line)) if line[index : index + len(wall)] == wall)
+    return [*line[:place], *instead, *line[place + len(wall) :]]
 
-  monkeypatch.setattr(sandbox, "_command", without)
+  monkeypatch.setattr(sandbox, "_command", another)
+  monkeypatch.setattr(seccomp, "program", lambda: ALLOW_ALL)
   sandbox.check.cache_clear()
   try:
-    if worked is None:
+    with pytest.raises(sandbox.NoSandbox, match=worked) as caught:
       sandbox.check()
-    else:
-      monkeypatch.setattr(seccomp, "program", lambda: bytes.fromhex("06000000 0000ff7f"))
-      with pytest.raises(sandbox.NoSandbox, match=worked):
-        sandbox.check()
+    assert "a second process" in str(caught.value)  # the filter that is missing too
   finally:
     sandbox.check.cache_clear()
 

@@ -89,14 +89,17 @@ class Harness(TemplateLM):
   def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
     end = self._scorer.tokenizer.piece_texts()[self.eot_token_id]
     prompts = [self.tok_encode(self._context(request)) for request in requests]
-    settings = [self._settings(request.args[1], end) for request in requests]
+    settings = [self._settings(request.args[1], end, number) for number, request in enumerate(requests)]
     written = self._scorer.write(prompts, settings)
     for request, one in zip(requests, written, strict=True):
       self._charge(request, one.compute)
     return [one.text for one in written]
 
-  def _settings(self, given: dict, end: str) -> dict:
-    """Returns what a task asks of generation, as fields of `Request`; greedy unless it says otherwise."""
+  def _settings(self, given: dict, end: str, number: int) -> dict:
+    """Returns what a task asks of generation, as fields of `Request`; greedy unless it says otherwise.
+
+    Where texts are drawn each request, by its number, has draws of its own: a task may ask the same several times.
+    """
     wanted = normalize_gen_kwargs(given, MAX_GEN_TOKS)
     unknown = set(wanted) - {*_SAMPLING, *_NEEDLESS}
     if unknown:
@@ -106,8 +109,8 @@ class Harness(TemplateLM):
     fields = {name: wanted[name] for name in _SAMPLING if wanted.get(name) is not None}
     if not wanted["do_sample"]:
       fields["temperature"] = 0.0
-    elif "temperature" not in fields:
-      fields["temperature"] = 1.0
+    else:
+      fields = {"temperature": 1.0} | fields | {"seed": fields.get("seed", 0) + number}
     stop = tuple(text for text in handle_stop_sequences(wanted["until"], end) if text)
     return fields | {"max_tokens": wanted["max_gen_toks"], "stop": stop, "budget": self._budget}
 

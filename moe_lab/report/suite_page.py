@@ -14,6 +14,7 @@ from moe_lab.report.suites import (
   curves,
   difficulty_charts,
   file_name,
+  kind_curves,
   kind_table,
   measured,
   page_name,
@@ -77,10 +78,10 @@ def _question(suite: Mapping) -> list:
 def suite_page(suite: Mapping, run: str) -> str:
   """Returns the document; `run` is the run's name, for the title."""
   sections = [
+    ("Experts by kind of query", kind_curves(suite) + kind_table(suite)),
+    ("By difficulty", difficulty_charts(suite) + _grades(suite)),
     ("Quality against compute", curves(suite)),
     ("Results", task_table(suite)),
-    ("Experts by kind of query", kind_table(suite)),
-    ("By difficulty", difficulty_charts(suite) + _grades(suite)),
     ("How it was made", _origin(suite)),
   ]
   return page(f"moe_lab suite {suite['suite']}: {run}", _head(suite), sections)

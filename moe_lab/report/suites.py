@@ -54,19 +54,46 @@ def task_curves(task: Mapping, key: str) -> list[Series]:
 
 
 def curves(suite: Mapping) -> str:
-  """Returns a figure for each task: quality against experts, and with passages against FLOPs; a note for one budget."""
-  body = ""
+  """Returns a figure for each task: quality against experts, and with passages against FLOPs; a note for one budget.
+
+  A task of which nothing is right at any budget has no figure, but is named.
+  """
+  body, blank = "", []
   for name, task in measured(suite).items():
-    retrieved = any("retrieved" in row for row in task["by_budget"])
+    rows = [row for entry in task["by_budget"] for row in (entry, entry.get("retrieved")) if row]
+    if not any(row["value"] for row in rows):
+      blank.append(name)
+      continue
     axes = [("mean_experts", "experts per token, measured")]
-    axes += [("flops_per_item", "FLOPs per item")] if retrieved else []
+    axes += [("flops_per_item", "FLOPs per item")] if len(rows) > len(task["by_budget"]) else []
     for key, label in axes:
       # Chance alone is two points too, but no curve.
       series = task_curves(task, key) if len({row[key] for row in task["by_budget"]}) > 1 else []
       title = f"{name}: {task['metric']} against {label}"
       drawing = line_chart(series, title=title, x_label=label, y_label=task["metric"], include_zero=True)
       body += figure(drawing, f"{name}: {task['metric']}, a point a budget.")
-  return f'<div class="pair">{body}</div>' if body else note("One budget: a number and no curve; --budgets=1,2,4.")
+  if len(suite["budgets"]) == 1:
+    return note("One budget: a number and no curve; --budgets=1,2,4.")
+  return f'<div class="pair">{body}</div>' + (note(f"Nothing is right of {', '.join(blank)}.") if blank else "")
+
+
+def kind_curves(suite: Mapping) -> str:
+  """Returns experts on answers against the budget, and quality against experts: a line a kind; "" for one budget."""
+  kinds = list(dict.fromkeys(kind for entry in suite["by_kind"] for kind in entry.get("alone", {})))[:_MOST_LINES]
+  body = ""
+  for x, x_label, y, y_label in (
+    (None, "budget", "answer_experts", "experts per token, answers"),
+    ("mean_experts", "experts per token, measured", "value", "right"),
+  ):
+    series = []
+    for colour, kind in enumerate(kinds, 1):
+      rows = [(entry["budget"], entry["alone"][kind]) for entry in suite["by_kind"] if kind in entry.get("alone", {})]
+      points = sorted((budget if x is None else row[x], row[y]) for budget, row in rows if is_number(row[y]))
+      series.append(Series(kind, points, colour, "dots"))
+    title = f"By kind of query: {y_label} against {x_label}"
+    drawing = line_chart(series, title=title, x_label=x_label, y_label=y_label, include_zero=True)
+    body += figure(drawing, f"{y_label.capitalize()}, over all tasks.")
+  return f'<div class="pair">{body}</div>' if body else ""
 
 
 def suites_section(suites: Sequence[Mapping]) -> str:
@@ -75,8 +102,9 @@ def suites_section(suites: Sequence[Mapping]) -> str:
   for suite in suites:
     link = f'<a href="{escape(urllib.parse.quote(page_name(suite)))}">page</a>'
     of = f"suite {suite['suite']}, checkpoint of step {suite['step']}"
-    drawn = curves(suite) if len(suite["budgets"]) > 1 else ""
-    parts.append(f"<h3>{escape(of)} ({link})</h3>{drawn}{task_table(suite)}{kind_table(suite)}")
+    tasks = (curves(suite) if len(suite["budgets"]) > 1 else "") + task_table(suite)
+    folded = f"<details><summary>Task by task ({len(suite['tasks'])})</summary>{tasks}</details>"
+    parts.append(f"<h3>{escape(of)} ({link})</h3>{kind_curves(suite)}{kind_table(suite)}{folded}")
   return "".join(parts)
 
 

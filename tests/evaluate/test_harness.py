@@ -106,12 +106,12 @@ def test_it_agrees_with_the_hugging_face_model(place, harness, monkeypatch):
   }
 
 
-def test_what_a_task_asks_of_generation(harness):
-  settings = functools.partial(harness._settings, end="</s>")
+def test_what_a_task_asks_of_generation():
+  settings = functools.partial(Harness(None)._settings, end="</s>", number=5)  # no model is asked
   greedy = settings({"until": "\n", "max_gen_toks": 7, "temperature": 0.7, "do_sample": False})
   assert greedy == {"temperature": 0.0, "max_tokens": 7, "stop": ("\n", "</s>"), "budget": None}
   drawn = settings({"do_sample": True, "top_p": 0.9, "seed": 3})
-  assert drawn == {"temperature": 1.0, "top_p": 0.9, "seed": 3, "max_tokens": 256, "stop": ("</s>",), "budget": None}
-  assert settings({"temperature": 0.5})["temperature"] == 0.5
+  assert drawn == {"temperature": 1.0, "top_p": 0.9, "seed": 8, "max_tokens": 256, "stop": ("</s>",), "budget": None}
+  assert settings({"temperature": 0.5})["temperature"] == 0.5 and settings({"temperature": 0.5})["seed"] == 5
   with pytest.raises(UserError, match="generation_kwargs: num_beams is not known here"):
     settings({"num_beams": 4})

@@ -24,14 +24,14 @@ def test_the_page_says_it_all_and_needs_nothing(suite):
   text = suite_page(suite, "<run>")
   page = Reader(text)
   assert page.headings == [
-    "Quality against compute",
-    "Results",
     "Experts by kind of query",
     "By difficulty",
+    "Quality against compute",
+    "Results",
     "How it was made",
   ]
-  # Two tasks against experts and against FLOPs; experts and results by difficulty.
-  assert len(page.pictures) == 6 and page.links == []
+  # Two tasks against experts and against FLOPs; experts and results by kind and by difficulty.
+  assert len(page.pictures) == 8 and page.links == []
   assert "http" not in text.replace("http-equiv", "") and "url(" not in text
   for words in (
     "checkpoint of step 600",
@@ -57,6 +57,15 @@ def test_a_chart_has_a_point_for_each_budget(suite):
   drawing = drawing[: drawing.index("</svg>")]
   # A dot is a line of no length; three budgets alone, and three with passages.
   assert drawing.count("h0") == 6 and drawing.count("dashed") == 1
+
+
+def test_a_task_of_which_nothing_is_right_has_no_chart(suite):
+  rows = [
+    row | {"value": 0.0, "retrieved": row["retrieved"] | {"value": 0.0}} for row in suite["tasks"]["cloze"]["by_budget"]
+  ]
+  tasks = suite["tasks"] | {"cloze": suite["tasks"]["cloze"] | {"by_budget": rows}}
+  text = suite_page(suite | {"tasks": tasks}, "run")
+  assert "cloze: accuracy against" not in text and "Nothing is right of cloze." in text
 
 
 def test_one_budget_is_no_curve():

@@ -9,7 +9,8 @@ import pytest
 from benchmarks import cost, cost_page, machine, served
 from benchmarks.case import PRESETS, Case
 from benchmarks.served import Served
-from moe_lab.config.schema import METHODS, Config, DataConfig, ModelConfig, RoutingConfig
+from moe_lab.config.routing import METHODS
+from moe_lab.config.schema import Config, DataConfig, ModelConfig, RoutingConfig
 from moe_lab.errors import UserError
 from moe_lab.infer.placement import served as as_served
 from moe_lab.routing.registry import make_router

@@ -116,6 +116,19 @@ def test_generate_answers_a_file_and_a_talk(place):
   assert talk["turns"] == 2 and len(talk["text"]) == 2 and talk["tokens"] <= 8
 
 
+@pytest.mark.slow
+def test_what_responses_of_a_run_cost(place):
+  asked = ("--workdir=run", "--concurrency=2", "--responses=4", "--rounds=2", "--price_per_hour=2", "--out=costs")
+  process = program(place, "benchmark", "cost", *asked)
+  result = result_of(process)
+  assert [(cell["who"], cell["clients"], cell["responses"]) for cell in result["cells"]] == [
+    (who, clients, 4) for clients in (1, 2) for who in ("dynamic", "dynamic, steady", "fixed")
+  ]
+  assert result["model"] == "the model of run, step 6" and "a p99 wants 100 and more" in process.stderr
+  assert {path.suffix for path in (place / "costs").iterdir()} == {".md", ".json", ".html"}
+  assert result["file"].endswith(".md") and result["cells"][0]["price_per_million_tokens"] > 0
+
+
 PRESET = ("--config=configs/medium_50b.py:8k",)
 TEXT = ("--config.data.sources=text:text", "--workdir=new")
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 KINDS = ("whole", "stream", "slow", "stalled", "hung_up")
 SHARES = (0.4, 0.5, 0.04, 0.02, 0.04)  # of each kind
 KEPT = ("whole", "stream", "slow")  # these read their answer to the end
-PROMPT, NEW = (1, 200), (8, 256)  # tokens, least and most
+PROMPT, NEW = (1, 200), (16, 384)  # tokens, least and most
 _IDS = (4, 2000)  # of the prompts' tokens
 _SLOW_BYTES, _SLOW_SECONDS = 2048, 0.05  # a slow reader takes so much and then pauses: 40 kB/s
 _STALLED_SECONDS = 5.0

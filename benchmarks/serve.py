@@ -3,10 +3,10 @@
     python -m experiments.benchmark serve
 
 The model has random weights and the sizes of a small real one: what it writes makes no sense, but takes as long as if.
-First the same requests are answered in turns by a server of one slot, one after another; by one of sixteen slots, one after
-another; and by that one all at once. Then clients of all kinds ask the latter for ten minutes: whole replies and streams,
-completions and chat, short and long; some read slowly, some stop reading, some hang up. All of it goes over the loopback, and
-the load's own work is done by the same cores.
+First the same requests are answered in turns by a server of one slot, one after another; by one of sixteen slots, one
+after another; and by that one all at once. Then clients of all kinds ask the latter for ten minutes: whole replies and
+streams, completions and chat, short and long; some read slowly, some stop reading, some hang up. All of it goes over
+the loopback, and the load's own work is done by the same cores.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ from moe_lab.report.page import escape, figure, page
 from moe_lab.train.optimizer import make_optimizer
 from moe_lab.train.state import initial_state
 
-SLOTS, CONTEXT = 16, 512
+SLOTS, CONTEXT = 16, 768
 WAYS = ("one slot, one at a time", f"{SLOTS} slots, one at a time", f"{SLOTS} slots, all at once")
 QUANTILES = (50, 95, 99)
 SAMPLE_SECONDS = 5.0  # between two looks at the server's memory
@@ -92,9 +92,9 @@ class Served:
 
 
 def config() -> Config:
-  """Returns the model's configuration: 46M parameters, 17M of them active."""
+  """Returns the model's configuration: 27M parameters, 13M of them active."""
   raw = base_config()
-  fields = dict(dim=512, num_layers=6, num_heads=8, num_kv_heads=4, head_dim=64, num_experts=8, expert_dim=512)
+  fields = dict(dim=512, num_layers=6, num_heads=8, num_kv_heads=4, head_dim=64, num_experts=8, expert_dim=256)
   for name, value in fields.items():
     setattr(raw.model, name, value)
   raw.routing.method, raw.routing.k, raw.data.vocab_size = "topk", 2, 2048
@@ -134,17 +134,25 @@ def report(note: Callable[[str], None], plan: Plan = Plan()) -> dict:  # noqa: B
 
 
 def _turn(one: Served, many: Served, plan: Plan, number: int, note: Callable[[str], None]) -> dict:
-  """Returns the tokens per second of the same requests in each of the `WAYS`."""
+  """Returns tokens per second, and per second of the server's processor time, in each of the `WAYS`."""
   bodies = [load_clients.body(random.Random(1000 * number + i), "") for i in range(plan.requests)]
   turn = {}
   for name, server, at_a_time in zip(WAYS, (one, many, many), (1, 1, plan.requests), strict=True):
-    began = time.monotonic()
+    began, before = time.monotonic(), asyncio.run(_figure(server, "process_cpu_seconds_total"))
     outcomes = asyncio.run(load_clients.all_of(server, bodies, at_a_time))
     if failed := [outcome for outcome in outcomes if not outcome.well]:
       raise RunError(f"{len(failed)} of {len(bodies)} requests failed, the first with status {failed[0].status}")
-    turn[name] = sum(outcome.tokens for outcome in outcomes) / (time.monotonic() - began)
-  note(", ".join(f"{name}: {turn[name]:.0f} tokens/s" for name in WAYS))
+    tokens = sum(outcome.tokens for outcome in outcomes)
+    busy = asyncio.run(_figure(server, "process_cpu_seconds_total")) - before
+    turn[name] = {"per_second": tokens / (time.monotonic() - began), "per_busy_second": tokens / busy}
+  note(", ".join(f"{name}: {turn[name]['per_second']:.0f} tokens/s" for name in WAYS))
   return turn
+
+
+async def _figure(server: Served, name: str) -> float:
+  """Returns one of the server's metrics."""
+  text = await load_clients.get(server, "/metrics")
+  return float(next(line for line in text.splitlines() if line.startswith(f"{name} ")).split()[1])
 
 
 async def _load(server: Served, plan: Plan) -> dict:
@@ -182,9 +190,7 @@ async def _memory(server: Served, seconds: float) -> list[tuple[float, float]]:
   """Returns (seconds, resident MiB) of the server over time, by its own metrics."""
   began, samples = time.monotonic(), []
   while (now := time.monotonic() - began) < seconds:
-    text = await load_clients.get(server, "/metrics")
-    (line,) = [line for line in text.splitlines() if line.startswith("process_resident_memory_bytes ")]
-    samples.append((now, float(line.split()[1]) / 2**20))
+    samples.append((now, await _figure(server, "process_resident_memory_bytes") / 2**20))
     await asyncio.sleep(min(SAMPLE_SECONDS, seconds / 4))
   return samples
 
@@ -199,12 +205,12 @@ def _flatness(samples: list[tuple[float, float]]) -> dict:
 
 def table(found: dict) -> str:
   """Returns the figures as Markdown tables."""
-  turns = [("turn", *(f"{way}, tokens/s" for way in WAYS), "over one slot", "over one at a time")]
+  turns = [("turn, measure", *WAYS, "over one slot", "over one at a time")]
   for number, turn in enumerate(found["turns"], 1):
-    one, of_many, many = (turn[way] for way in WAYS)
-    turns.append(
-      (str(number), *(f"{v:.0f}" for v in (one, of_many, many)), f"{many / one:.2f}", f"{many / of_many:.2f}")
-    )
+    for measure, words in (("per_second", "tokens/s"), ("per_busy_second", "tokens per second of processor time")):
+      one, of_many, many = values = [turn[way][measure] for way in WAYS]
+      gains = f"{many / one:.2f}", f"{many / of_many:.2f}"
+      turns.append((f"{number}, {words}", *(f"{value:.0f}" for value in values), *gains))
   load = found["load"]
   first, whole = load["seconds_to_first_token"], load["seconds_of_a_reply"]
   rows = [("under load", "")]
@@ -228,7 +234,7 @@ def save(folder: Path, found: dict, machine: dict, command: str) -> Path:
   """Writes the report under today's date as .md, .json and, drawn, .html; returns the .md."""
   plan = found["plan"]
   words = (
-    f"A model of random weights, 46M parameters, 17M of them active. {plan['requests']} requests a turn; then "
+    f"A model of random weights, 27M parameters, 13M of them active. {plan['requests']} requests a turn; then "
     f"{plan['clients']} clients for {plan['seconds']:.0f} s, after which the server took SIGTERM and exited with 0. "
     "A request counts as failed unless its client has read a complete answer or left of its own accord. Clients and "
     f"server share the cores; {os.getloadavg()[1]:.1f} processes wanted them over the last five minutes. "

@@ -9,6 +9,7 @@
     python -m experiments.benchmark tpu_compile|tpu_long_context      # ahead of time, without a TPU; needs libtpu
     python -m experiments.benchmark presets|weak_scaling              # half an hour each: preflights, likewise
     python -m experiments.benchmark offload                           # a plan for 24 GB, in seconds
+    python -m experiments.benchmark serve                             # a quarter of an hour: the server under load
 
 Contenders take turns, each in a process of its own (those of `cost` share one,
 and a model). The table goes to stderr and, with the figures and the machine,
@@ -37,6 +38,7 @@ REPORTS = (
   "weak_scaling",
   "presets",
   "offload",
+  "serve",
 )  # each decides for itself what it measures
 BENCHMARKS = ("train_step", "moe_layer", "attention", "decode", "data", "cost", *REPORTS)
 COST_FLAGS = ("concurrency", "responses", "price_per_hour", "grid_g_per_kwh", "workdir")  # of `cost` alone

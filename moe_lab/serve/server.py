@@ -30,7 +30,9 @@ log = logging.getLogger("moe_lab.serve")
 
 def warm_up(engine: Engine) -> None:
   """Has the engine compile all it will need, so that no client waits for that."""
-  for log_probs_from in (None, 1):  # one after the other: read together, both would take the same program
+  # One after the other: read together, both would take the same program. Twice, since what the engine begins with has
+  # not the types of what its programs return, and is compiled for by itself.
+  for log_probs_from in (None, 1, None, 1):
     for _ in engine.generate([Request([0], min(2, engine.capacity - 1), log_probs_from=log_probs_from)]):
       pass
 

@@ -316,12 +316,12 @@ def _is_not_of_a_failed_save(record: logging.LogRecord) -> bool:
   return "OCDBT database" not in str(error)
 
 
-def _except_closed_loops(kind, error, trace) -> None:
-  """As the hook before, but silent about TensorStore's threads, which tell a loop that a failed save has closed."""
-  if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-    _hook_before(kind, error, trace)
+def _ignore_closed_loops(unraisable) -> None:
+  """As the hook before, but silent about TensorStore's threads, which tell a loop that a failed read has closed."""
+  if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+    _hook_before(unraisable)
 
 
 logging.getLogger("absl").addFilter(_is_news)
 logging.getLogger("asyncio").addFilter(_is_not_of_a_failed_save)
-_hook_before, sys.excepthook = sys.excepthook, _except_closed_loops
+_hook_before, sys.unraisablehook = sys.unraisablehook, _ignore_closed_loops

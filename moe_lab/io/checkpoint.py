@@ -144,6 +144,9 @@ class Checkpointer:
     if self._keep is None:
       self._manager.reload()  # the run may have gone on since
     side = self._read(step, meta=ocp.args.JsonRestore()).meta
+    if isinstance(side, dict) and side.keys() == {"meta", "leaves"}:
+      where = self._folder / str(step)
+      raise UserError(f"the checkpoint {where} is of an earlier version of this program, which wrote no digests")
     if not isinstance(side, dict) or side.pop("digest", None) != digest_of(side):
       raise self._damaged(step, "its meta item is not as it was written")
     self._check_fit(step, side["leaves"], _leaves(abstract_state))

@@ -8,8 +8,9 @@
       program.run(main)
 
 The last line on stdout is main's result, one JSON object; everything else goes
-to stderr. Exit 0 done, 1 failed, 2 bad usage or config, 130 interrupted; main
-raises SystemExit(75) when it was preempted and may simply be started again.
+to stderr. Exit 0 done, 1 failed, 2 bad usage or config, 130 interrupted, 75
+preempted (SIGTERM): it may simply be started again. A main that has something
+to save hears SIGTERM itself, and raises SystemExit(75) when that is done.
 """
 
 import ctypes
@@ -18,6 +19,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -27,7 +29,7 @@ from absl import flags as absl_flags
 from absl import logging as absl_logging
 
 from moe_lab.config import command_line
-from moe_lab.errors import UserError
+from moe_lab.errors import PREEMPTED, UserError
 
 absl_flags.disclaim_key_flags()
 
@@ -50,6 +52,8 @@ def run(
 
 def _run(main: Callable[..., dict | None], flags: absl_flags.FlagValues, one_arena: bool) -> int:
   parameters = inspect.signature(main).parameters
+  # Until a program says what else is to be done, as training does with `Preemption`.
+  signal.signal(signal.SIGTERM, _preempted)
   try:
     command_line.define(flags, set(parameters))
     if any(arg in ("--help", "-help", "-h", "--helpfull", "--helpshort") for arg in sys.argv[1:]):
@@ -67,6 +71,11 @@ def _run(main: Callable[..., dict | None], flags: absl_flags.FlagValues, one_are
     return 0
   except (UserError, KeyboardInterrupt) as error:
     return explain(error)
+
+
+def _preempted(*_) -> None:
+  print("SIGTERM: nothing to save; the same command starts again", file=sys.stderr, flush=True)
+  raise SystemExit(PREEMPTED)
 
 
 def explain(error: BaseException) -> int:

@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -54,9 +55,16 @@ def test_killed_at_twenty_random_moments_it_ends_as_if_it_had_not_been(calm):
   assert len(set(steps)) > 3, steps  # it was killed on its way, and not only at its start or after its end
 
 
+def hears(pid: int, number: int) -> bool:
+  """Whether a process has a handler for a signal."""
+  lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+  caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
+  return bool(caught >> number - 1 & 1)
+
+
 # What to wait for before SIGTERM, by phase.
 PHASES = {
-  "start": lambda launch, workdir: launch.go_on(0.3),
+  "start": lambda launch, workdir: launch.wait_for(lambda: hears(launch.process.pid, signal.SIGTERM)),
   "compiling": lambda launch, workdir: launch.wait_for((workdir / "run.json").exists),
   "a step": lambda launch, workdir: launch.wait_for(lambda: reached(workdir) > 0),
   "a save": lambda launch, workdir: launch.wait_for(lambda: any((workdir / "checkpoints").glob("*tmp*"))),

@@ -106,6 +106,8 @@ OTHERS = {
   "gcloud ": "wants a TPU pod",
   "kubectl ": "wants a cluster",
   "curl ": "asked of the server below",
+  "client = ": "tests/serve/test_clients.py does so",
+  "reply": "tests/serve/test_clients.py does so",
   "export ": "sets the environment",
   "python -m experiments.NAME": "says how all programs are called",
   "mmlu/": "names files",

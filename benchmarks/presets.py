@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks import results
 from moe_lab.io.files import write_text
 
-# Around the table in BUILD.md.
+# Around the table in docs/scale.md.
 BEGIN, END = "<!-- presets: by the command above -->", "<!-- end -->"
 
 CASES = (  # configuration, topology, mesh
@@ -88,9 +88,9 @@ def table(found: list[dict]) -> str:
 
 
 def save(folder: Path, found: list[dict], machine: dict, command: str) -> Path:
-  """Writes the report under today's date as .md and .json, and its table into BUILD.md; returns the .md.
+  """Writes the report under today's date as .md and .json, and its table into docs/scale.md; returns the .md.
 
-  BUILD.md is that of the checkout that the folder, benchmarks/results, lies in; other folders have none.
+  The guide is that of the checkout that the folder, benchmarks/results, lies in; other folders have none.
   """
   words = (
     "What the compiler plans for a training step; nothing was run. A step's time is the least by the roofline of "
@@ -98,14 +98,14 @@ def save(folder: Path, found: list[dict], machine: dict, command: str) -> Path:
   )
   text = f"# presets\n\n    {command}\n\n{words}\n\n{table(found)}\n"
   path = results.write(folder, "presets", machine, text, {"machine": machine, "results": found})
-  build = folder.absolute().parent.parent / "BUILD.md"
-  if build.exists():
-    write_text(build, with_table(build.read_text(), table(found)))
+  guide = folder.absolute().parent.parent / "docs" / "scale.md"
+  if guide.exists():
+    write_text(guide, with_table(guide.read_text(), table(found)))
   return path
 
 
 def with_table(text: str, new: str) -> str:
-  """Returns BUILD.md's text with another table between its marks."""
+  """Returns the guide's text with another table between its marks."""
   before, _, rest = text.partition(f"{BEGIN}\n")
   _, _, after = rest.partition(END)
   return f"{before}{BEGIN}\n{new}\n{END}{after}" if rest else text

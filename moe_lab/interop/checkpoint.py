@@ -14,6 +14,9 @@ from moe_lab.interop.hf.config import family_of, to_config
 from moe_lab.interop.hf.files import Safetensors, read_json
 from moe_lab.interop.tensors import Reader, Row
 
+# What describes a checkpoint to people; an export of the same weights takes it along.
+DESCRIBED = ("README.md", "LICENSE")
+
 
 class Checkpoint(NamedTuple):
   """What is known before a tensor is read.
@@ -50,7 +53,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
   raw = read_json(path / "config.json")
   family, config = family_of(raw, str(path / "config.json")), to_config(raw, str(path / "config.json"))
   reader = Safetensors(path)
-  carried = {name: (path / name).read_bytes() for name in hf_tokenizer.CARRIED if (path / name).is_file()}
+  names = (*hf_tokenizer.CARRIED, *DESCRIBED)
+  carried = {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
   tokenizer = hf_tokenizer.of_folder(path, raw, config.data.vocab_size)
   # Old Llama files hold rotary frequencies, which follow from the configuration.
   needless = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"

@@ -14,11 +14,9 @@ from moe_lab.nn.transformer import Transformer
 from moe_lab.preflight.hlo import Collective, collectives
 from moe_lab.sharding.rules import batch_sharding, state_shardings
 from moe_lab.train.optimizer import make_optimizer
-from moe_lab.train.state import abstract_state
+from moe_lab.train.state import EXPERTS, abstract_state
 from moe_lab.train.step import make_train_step
 from moe_lab.types import Batch
-
-EXPERTS = ("_EDF", "_EFD")  # how the names of experts' weights end
 
 # What the compiler says that is not there: all that it would hold, or where already they are too many, the temporaries.
 _ALL_USED = re.compile(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm")

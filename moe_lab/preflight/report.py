@@ -1,29 +1,16 @@
 """What a preflight says: does it fit, what binds, and the numbers behind."""
 
 import collections
-import math
 import resource
-
-import jax
 
 from moe_lab.config.schema import Config
 from moe_lab.preflight.chips import chip_of
-from moe_lab.preflight.compile import EXPERTS, compile_train_step
+from moe_lab.preflight.compile import compile_train_step
 from moe_lab.preflight.roofline import bytes_sent, roofline, serving_roofline
 from moe_lab.preflight.serving import Serving, compile_serving
 from moe_lab.preflight.topology import topology_devices
 from moe_lab.sharding.mesh import make_mesh
-from moe_lab.train.state import abstract_state
-
-
-def parameter_counts(config: Config) -> tuple[int, int]:
-  """Returns the parameters, and those that a token with the most experts takes part of."""
-  params = abstract_state(config).params
-  sizes = collections.Counter()
-  for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-    sizes["experts" if path[-1].key.endswith(EXPERTS) else "rest"] += math.prod(leaf.shape)
-  total = sizes["experts"] + sizes["rest"]
-  return total, sizes["rest"] + sizes["experts"] * config.routing.slots // config.model.num_experts
+from moe_lab.train.state import abstract_state, parameter_counts
 
 
 def preflight(config: Config, topology: str, serving: Serving | None = None) -> dict:
@@ -51,7 +38,7 @@ def preflight(config: Config, topology: str, serving: Serving | None = None) -> 
   else:
     compiled = compile_train_step(config, mesh)
     bound, tokens = roofline(config, compiled, chip, len(devices)), config.train.batch_size * config.data.seq_len
-  total, active = parameter_counts(config)
+  total, active = parameter_counts(abstract_state(config).params, config, config.routing.slots)
   sent = collections.Counter()
   for collective in compiled.collectives:
     sent[f"{collective.opcode} over {'+'.join(collective.axes) or 'nothing'}"] += bytes_sent(collective, config)

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from moe_lab.data.tokenizer import RUN_FILES, load_tokenizer
 from moe_lab.errors import UserError, did_you_mean
-from moe_lab.interop.checkpoint import open_checkpoint
+from moe_lab.interop.checkpoint import DESCRIBED, open_checkpoint
 from moe_lab.interop.hf.config import to_raw
 from moe_lab.interop.hf.families import FAMILIES
 from moe_lab.interop.hf.files import DTYPES, Safetensors, read_json, write
@@ -21,8 +21,9 @@ from moe_lab.interop.own import export as own
 from moe_lab.interop.own import tokenizer as own_tokenizer
 from moe_lab.interop.tensors import places, read_params, tensors
 from moe_lab.io.checkpoint import Checkpointer
-from moe_lab.io.files import open_up
+from moe_lab.io.files import open_up, write_text
 from moe_lab.io.run import CARRIED, load_run, open_run
+from moe_lab.train import model_card
 from moe_lab.train.load import LoadedModel, load_model
 from moe_lab.train.optimizer import make_optimizer
 from moe_lab.train.state import abstract_state, plain_params, state_of
@@ -87,7 +88,7 @@ def export_run(workdir: Path, folder: Path, *, family: str | None, dtype: str | 
     step: which checkpoint; None: the newest.
 
   Returns:
-    What was converted: family, tensors, parameters, files.
+    What was converted: family, tensors, parameters, files, card.
 
   Raises:
     UserError: it cannot be exported so, or `folder` is taken; nothing was written then.
@@ -124,15 +125,18 @@ def export_run(workdir: Path, folder: Path, *, family: str | None, dtype: str | 
     written = Safetensors(unfinished)
     assert {name: written.shape(name) for name in written.names} == sizes, "tensors that were not written"
     (unfinished / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    _carry(workdir, unfinished, loaded.config.data.vocab_size)
+    has_tokenizer = _carry(workdir, unfinished, loaded.config.data.vocab_size)
     if family == own.MODEL_TYPE:
       shutil.copyfile(own.MODELING, unfinished / own.MODELING.name)
+    export = model_card.Export(folder.absolute().name, family, dtype, loaded.step, plain, has_tokenizer, loaded.budget)
+    card = _describe(workdir, unfinished, model_card.model_card(workdir, export), changed="base" in info)
   return {
     "family": family,
     "tensors": len(sizes),
     "parameters": sum(param.size for param in params.values()),
     "dtype": dtype,
     "files": files,
+    "card": card,
   }
 
 
@@ -179,12 +183,31 @@ def _fitting(loaded: LoadedModel, params, asked: str | None, first: str | None, 
   return own.MODEL_TYPE, own.to_raw(loaded.config, params, loaded.budget)
 
 
-def _carry(workdir: Path, folder: Path, vocab_size: int) -> None:
-  """Copies what came with an imported model, or writes a run's own tokenizer in the formats that are read there."""
-  carried = [path for path in sorted((workdir / CARRIED).glob("*")) if path.name != "config.json"]
+def _carry(workdir: Path, folder: Path, vocab_size: int) -> bool:
+  """Copies the tokenizer that came with an imported model, or writes a run's own in the formats that are read there.
+
+  Returns whether there is one.
+  """
+  left = ("config.json", *DESCRIBED)
+  carried = [path for path in sorted((workdir / CARRIED).glob("*")) if path.name not in left]
   for path in carried:
     shutil.copyfile(path, folder / path.name)
   model = workdir / RUN_FILES[0]
   if not carried and model.is_file():
     for name, content in own_tokenizer.files(load_tokenizer(str(model), vocab_size)).items():
       (folder / name).write_bytes(content)
+  return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def _describe(workdir: Path, folder: Path, card: str, *, changed: bool) -> str:
+  """Writes the card, beside that of an imported checkpoint, and returns the name of its file.
+
+  Theirs stays the README.md of their weights, and is README.base.md where another model was made of them.
+  """
+  for name in DESCRIBED:
+    if (workdir / CARRIED / name).is_file():
+      path = Path(name)
+      shutil.copyfile(workdir / CARRIED / name, folder / (f"{path.stem}.base{path.suffix}" if changed else name))
+  name = "README.moe_lab.md" if (folder / model_card.NAME).exists() else model_card.NAME
+  write_text(folder / name, card)
+  return name

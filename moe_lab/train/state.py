@@ -1,6 +1,7 @@
 """Everything that decides how training goes on."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from moe_lab.routing.budget import BudgetState, initial_budget_state
 from moe_lab.routing.registry import make_router
 from moe_lab.train.optimizer import make_optimizer
 
+EXPERTS = ("_EDF", "_EFD")  # how the names of experts' weights end
 ADAPTER_STREAM = 1_000_004  # of the seed's key, beside the model's own
 
 
@@ -98,3 +100,15 @@ def abstract_plain_params(config: Config) -> Any:
 def plain_params(params: Any, config: Config) -> dict:
   """Returns parameters of any form as float32 arrays without adapters: the same model, as `merged` and `plain` say."""
   return merged(plain(params, tensors(abstract_plain_params(config))))
+
+
+def parameter_counts(params: Any, config: Config, experts: float) -> tuple[int, int]:
+  """Returns how many parameters there are, and how many a token takes part of that has so many experts a layer."""
+  in_experts = rest = 0
+  for path, leaf in tensors(params).items():
+    size = math.prod(leaf.shape)
+    if path[-1].endswith(EXPERTS):
+      in_experts += size
+    else:
+      rest += size
+  return rest + in_experts, rest + int(in_experts * experts / config.model.num_experts)

@@ -13,7 +13,7 @@ def test_the_newest_results_are_reproduced():
   found = report(lambda _: None)
   assert found == json.loads(newest.read_text())["results"]
   assert table(found) in newest.with_suffix(".md").read_text()
-  for page in ("BUILD.md", "benchmarks/README.md"):
+  for page in ("docs/scale.md", "benchmarks/README.md"):
     text = (ROOT / page).read_text()
     assert newest.with_suffix(".md").name in text
     for one in found[:2]:

@@ -1,4 +1,4 @@
-"""The table of presets in BUILD.md is a result file's, and a new one takes its place."""
+"""The table of presets in docs/scale.md is a result file's, and a new one takes its place."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ def test_a_new_table_takes_the_old_ones_place():
   assert with_table("no marks\n", "| new |") == "no marks\n"
 
 
-def test_build_has_the_newest_results():
+def test_the_guide_has_the_newest_results():
   newest = sorted((ROOT / "benchmarks/results").glob("*-presets-*.md"))[-1].read_text()
-  within = re.search(f"{re.escape(BEGIN)}\n(.*){re.escape(END)}", (ROOT / "BUILD.md").read_text(), re.S)[1]
+  within = re.search(f"{re.escape(BEGIN)}\n(.*){re.escape(END)}", (ROOT / "docs/scale.md").read_text(), re.S)[1]
   assert within.strip() and within.strip() in newest

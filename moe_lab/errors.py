@@ -11,10 +11,28 @@ from collections.abc import Iterable
 PREEMPTED = 75  # exit code after SIGTERM (EX_TEMPFAIL): saved, safe to start again
 
 
+def visible(text: str) -> str:
+  """Returns text that a terminal shows and does not obey: control characters, but for line ends and tabs, as pictures.
+
+  Texts of models, corpora and other people's files may hold escape sequences.
+  """
+  return "".join(_picture(c) if c < " " and c not in "\n\t" or "\x7f" <= c <= "\x9f" else c for c in text)
+
+
+def _picture(control: str) -> str:
+  return chr(0x2400 + ord(control)) if control < " " else "\N{REPLACEMENT CHARACTER}"
+
+
 class UserError(Exception):
-  """A mistake outside the program: one line that says what to change."""
+  """A mistake outside the program: one line that says what to change.
+
+  It is one line that a terminal may have, whatever a file's name or content brings into it.
+  """
 
   exit_code = 2
+
+  def __init__(self, message: str):
+    super().__init__(visible(" ".join(str(message).splitlines())))
 
 
 class ConfigError(UserError):

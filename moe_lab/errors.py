@@ -8,6 +8,7 @@ import difflib
 import importlib.util
 from collections.abc import Iterable
 
+_MOST = 1000  # characters of a value that a line repeats
 PREEMPTED = 75  # exit code after SIGTERM (EX_TEMPFAIL): saved, safe to start again
 
 
@@ -43,13 +44,18 @@ class ConfigError(UserError):
   """
 
   def __init__(self, field: str, got: object, wanted: str):
-    super().__init__(f"config.{field} = {got!r}: wanted {wanted}")
+    super().__init__(f"config.{field} = {_short(got)}: wanted {wanted}")
     self.field = field
     self._parts = (field, got, wanted)
 
   def __reduce__(self):
     # An exception is pickled by the message alone, and could not be made again from it in another process.
     return type(self), self._parts
+
+
+def _short(value: object) -> str:
+  text = repr(value)
+  return text if len(text) <= _MOST else f"{text[:_MOST]}..."
 
 
 class RunError(UserError):

@@ -21,7 +21,7 @@ from pathlib import Path
 from absl import flags
 
 from moe_lab.config import program
-from moe_lab.errors import UserError
+from moe_lab.errors import UserError, visible
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("prompt", "", "Text to go on from; empty: the beginning of a document.", flag_values=FLAGS)
@@ -118,7 +118,8 @@ def _stream(model: _Model, engine, request, response, stopped=lambda: False) -> 
   with contextlib.closing(engine.generate([request])) as tokens:
     for _, token in tokens:
       response.add(token)
-      text = _coloured(token.text, token.experts, model.routing) if in_colour and token.text else token.text
+      text = visible(token.text)  # a model may write escape sequences, which a terminal would obey
+      text = _coloured(text, token.experts, model.routing) if in_colour and text else text
       print(text, end="", file=sys.stderr, flush=True)
       if stopped():
         break
@@ -148,7 +149,7 @@ def _one(model: _Model) -> dict:
   request = model.request(model.tokens(FLAGS.prompt))
   engine = model.engine(1, len(request.prompt) + request.max_tokens, steps=4)
   _legend(model)
-  print(FLAGS.prompt, end="", file=sys.stderr, flush=True)
+  print(visible(FLAGS.prompt), end="", file=sys.stderr, flush=True)
   started, response = time.monotonic(), Response()
   _stream(model, engine, request, response)
   return {

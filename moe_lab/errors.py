@@ -8,13 +8,32 @@ import difflib
 import importlib.util
 from collections.abc import Iterable
 
+_MOST = 1000  # characters of a value that a line repeats
 PREEMPTED = 75  # exit code after SIGTERM (EX_TEMPFAIL): saved, safe to start again
 
 
+def visible(text: str) -> str:
+  """Returns text that a terminal shows and does not obey: control characters, but for line ends and tabs, as pictures.
+
+  Texts of models, corpora and other people's files may hold escape sequences.
+  """
+  return "".join(_picture(c) if c < " " and c not in "\n\t" or "\x7f" <= c <= "\x9f" else c for c in text)
+
+
+def _picture(control: str) -> str:
+  return chr(0x2400 + ord(control)) if control < " " else "\N{REPLACEMENT CHARACTER}"
+
+
 class UserError(Exception):
-  """A mistake outside the program: one line that says what to change."""
+  """A mistake outside the program: one line that says what to change.
+
+  It is one line that a terminal may have, whatever a file's name or content brings into it.
+  """
 
   exit_code = 2
+
+  def __init__(self, message: str):
+    super().__init__(visible(" ".join(str(message).splitlines())))
 
 
 class ConfigError(UserError):
@@ -25,13 +44,18 @@ class ConfigError(UserError):
   """
 
   def __init__(self, field: str, got: object, wanted: str):
-    super().__init__(f"config.{field} = {got!r}: wanted {wanted}")
+    super().__init__(f"config.{field} = {_short(got)}: wanted {wanted}")
     self.field = field
     self._parts = (field, got, wanted)
 
   def __reduce__(self):
     # An exception is pickled by the message alone, and could not be made again from it in another process.
     return type(self), self._parts
+
+
+def _short(value: object) -> str:
+  text = repr(value)
+  return text if len(text) <= _MOST else f"{text[:_MOST]}..."
 
 
 class RunError(UserError):

@@ -29,7 +29,10 @@ class _ListParser(tuple_parser.TupleParser):
 
   def parse(self, argument):
     if not isinstance(argument, str) or argument.lstrip().startswith(("(", "[", "'", '"')):
-      return super().parse(argument)
+      try:
+        return super().parse(argument)
+      except (RecursionError, MemoryError, SyntaxError, TypeError):  # of what is read as Python
+        raise ValueError("not a list") from None
     return tuple(_number_or_text(item.strip()) for item in argument.split(",") if item.strip())
 
 
@@ -40,7 +43,7 @@ config_flags.register_flag_parser_for_type(tuple, _ListParser())
 def _number_or_text(item: str) -> float | str:
   try:
     value = ast.literal_eval(item)
-  except (SyntaxError, ValueError):
+  except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
     return item
   return value if isinstance(value, int | float) else item
 

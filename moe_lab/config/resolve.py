@@ -5,6 +5,7 @@ else receives the frozen dataclasses. This file is the gate between the two: a
 field that the schema does not know, or a value of another type, stops here.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -16,6 +17,7 @@ import ml_collections
 
 from moe_lab.config.schema import Config
 from moe_lab.errors import ConfigError, UserError, did_you_mean
+from moe_lab.strict_json import parse
 
 SECTIONS = typing.get_type_hints(Config)  # name -> dataclass
 FIELDS = {  # dotted name -> type
@@ -74,7 +76,7 @@ def from_json(text: str, source: str = "config.json") -> Config:
     UserError: not JSON, or not ours; its one line names `source` and the first thing wrong.
   """
   try:
-    raw = json.loads(text)
+    raw = parse(text)
   except ValueError as error:
     raise UserError(f"{source} is not valid JSON: {error}") from None
   # A file without our sections would otherwise read as all defaults. Younger ones are not in every run.
@@ -134,9 +136,12 @@ def _typed(field: str, value: object, kind: type) -> object:
   if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
     return tuple(_typed(field, item, typing.get_args(kind)[0]) for item in value)
   # bool first: Python counts True as an integer.
-  if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-    return float(value)
-  if kind in (int, str) and isinstance(value, kind) and not isinstance(value, bool):
+  if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf:
+    with contextlib.suppress(OverflowError):
+      return float(value)
+  if kind is int and isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
+    return value
+  if kind is str and isinstance(value, str):
     return value
   if kind is bool and isinstance(value, bool):
     return value

@@ -124,7 +124,7 @@ class RoutingConfig:
       wanted = f"one share for each count from k_min = {self.k_min} to k_max = {self.k_max}"
       raise ConfigError("routing.count_shares", self.count_shares, wanted)
     mean = sum((self.k_min + i) * share for i, share in enumerate(self.count_shares)) / sum(self.count_shares)
-    if abs(mean - self.budget) > 0.01:
+    if not abs(mean - self.budget) <= 0.01:  # nor where their sum is infinite
       raise ConfigError("routing.budget", self.budget, f"{mean:.4g}, the mean of routing.count_shares")
 
   @property

@@ -127,6 +127,7 @@ class DataConfig:
   validation_share: float = 0.05  # of the documents, chosen by a hash of their text
   test_share: float = 0.05
   seed: int = 0  # of shuffling
+  corrupt: str = "abort"  # what a file, line or record that can't be read does: abort | skip (left out and counted)
 
   def __post_init__(self):
     if not self.sources:
@@ -147,6 +148,7 @@ class DataConfig:
     check_range("data.seq_len", self.seq_len, 2)
     check_range("data.validation_share", self.validation_share, 0, 0.5, open_low=True)
     check_range("data.test_share", self.test_share, 0, 0.5, open_low=True)
+    check_choice("data.corrupt", self.corrupt, ("abort", "skip"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from moe_lab.config.resolve import FIELDS, from_dict, unknown_field
 from moe_lab.config.schema import Config
 from moe_lab.errors import ConfigError, UserError, did_you_mean
 
-_FOLDER = re.compile(r"\w[\w.+=-]*")
+FOLDER = re.compile(r"\w[\w.+=-]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Sweep:
       count = names.count(twice[0])
       raise UserError(f"sweep: {count} runs are called {twice[0]!r}: wanted a label that tells them apart")
     for name in names:
-      if not _FOLDER.fullmatch(name):
+      if not FOLDER.fullmatch(name):
         wanted = "labels of letters, digits and . _ - + =, since they name its folder"
         raise UserError(f"sweep: a run is called {name!r}: wanted {wanted}")
 

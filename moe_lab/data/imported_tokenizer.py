@@ -12,6 +12,7 @@ import numpy as np
 from moe_lab.data.tokenizer import RUN_FILES, SPACE, Tokenizer, class_of_text
 from moe_lab.errors import UserError
 from moe_lab.interop.extra import need
+from moe_lab.strict_json import parse
 
 _LEAST_SHARE = 0.9  # of a model's ids that its tokenizer has: vocabularies are rounded up, but not by more
 
@@ -53,9 +54,11 @@ class ImportedTokenizer(Tokenizer):
     """
     self.model, self.vocab_size = model, vocab_size
     self.fingerprint = hashlib.sha256(model).hexdigest()
-    content = json.loads(model)
-    ends = content.pop("moe_lab", None)
-    if not isinstance(ends, dict):
+    content = parse(model)
+    ends = content.pop("moe_lab", None) if isinstance(content, dict) else None
+    if not isinstance(ends, dict) or not all(
+      type(ends.get(name)) is int and ends[name] >= 0 for name in ("bos", "eos")
+    ):
       raise ValueError("it does not say which ids begin and end a document: wanted the one that convert makes of it")
     library = need("tokenizers").Tokenizer
     try:

@@ -24,7 +24,8 @@ class Data(Protocol):
     vocab_size: V.
     fingerprint: SHA-256 of the tokenizer's model, or of the synthetic task, in hex.
     manifest: a dict for each source: "source", "documents", "splits" (documents in each), and "files" (name, SHA-256,
-      bytes, license) or, for a synthetic task, "generator".
+      bytes, license) or, for a synthetic task, "generator"; with `data.corrupt` skip also "skipped" (how many documents
+      were left out), "skipped_by_reason" and "skipped_first", where the first ones are.
     class_names: names for the values of `Batch.classes`.
   """
 

@@ -22,13 +22,14 @@ _PACKAGE_TEXTS = frozenset({".txt", ".md", ".rst"})
 _STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
-def open_source(spec: str) -> DocumentSource:
+def open_source(spec: str, *, skip: bool = False) -> DocumentSource:
   """Opens one source and checks every document of it.
 
   Args:
     spec: `stdlib`, `package:NAME` (the text files that an installed distribution ships), `text:PATH`, `jsonl:PATH`,
       `chat:PATH` or `array_record:PATH`; PATH is a file, a folder (read recursively, hidden entries left out) or a
       glob.
+    skip: whether what cannot be read is left out and counted; otherwise it is an error.
 
   Raises:
     ConfigError: names `config.data.sources`; a missing path, a package that is not installed, nothing to read, bytes
@@ -36,19 +37,19 @@ def open_source(spec: str) -> DocumentSource:
   """
   kind, _, path = spec.partition(":")
   if kind == "stdlib":
-    return TextFiles(spec, _stdlib_files(), license="PSF-2.0")
+    return TextFiles(spec, _stdlib_files(), license="PSF-2.0", skip=skip)
   if kind == "package":
     # A package's own licence is of its code; what it says of its texts, its documentation has to tell.
-    return TextFiles(spec, _package_files(spec, path))
+    return TextFiles(spec, _package_files(spec, path), skip=skip)
   if kind == "text":
-    return TextFiles(spec, _find_files(spec, path))
+    return TextFiles(spec, _find_files(spec, path), skip=skip)
   if kind == "jsonl":
-    return JsonlFiles(spec, _find_files(spec, path, (".jsonl",)))
+    return JsonlFiles(spec, _find_files(spec, path, (".jsonl",)), skip=skip)
   if kind == "chat":
-    return ChatFiles(spec, _find_files(spec, path, (".jsonl",)))
+    return ChatFiles(spec, _find_files(spec, path, (".jsonl",)), skip=skip)
   if kind == "array_record":
     # Also sharded names: train.array_record-00000-of-00010.
-    return ArrayRecordFiles(spec, _find_files(spec, path, (".array_record", ".arrayrecord")))
+    return ArrayRecordFiles(spec, _find_files(spec, path, (".array_record", ".arrayrecord")), skip=skip)
   raise ConfigError("data.sources", spec, "stdlib, package:NAME, text:PATH, jsonl:PATH, chat:PATH or array_record:PATH")
 
 
@@ -86,7 +87,7 @@ def _package_files(spec: str, name: str) -> list[FoundFile]:
   record = csv.reader((distribution.read_text("RECORD") or "").splitlines())
   listed = [file for row in record if (file := PurePosixPath(row[0])).suffix in _PACKAGE_TEXTS]
   inside = [file for file in listed if len(file.parts) > 1 and not file.parts[0].endswith((".dist-info", ".egg-info"))]
-  inside = [file for file in inside if ".." not in file.parts]
+  inside = [file for file in inside if ".." not in file.parts and not file.is_absolute()]
   found = [FoundFile(Path(distribution.locate_file(file)), file.as_posix()) for file in inside]
   if not found:
     raise ConfigError("data.sources", spec, f"a package that ships text files ({', '.join(sorted(_PACKAGE_TEXTS))})")

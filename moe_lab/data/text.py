@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 
@@ -19,7 +20,7 @@ from moe_lab.data.packing import batches_of_rows, pack_rows
 from moe_lab.data.sources import open_source
 from moe_lab.data.splits import SPLITS, split_documents
 from moe_lab.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from moe_lab.errors import ConfigError
+from moe_lab.errors import ConfigError, visible
 from moe_lab.types import Batch
 
 CACHED_TOKENS = 256 * 1024 * 1024  # kept in memory by each source and split, two bytes each at V <= 65,536
@@ -69,7 +70,10 @@ class TextData:
 
   def __init__(self, config: DataConfig, cache_dir: str | os.PathLike):
     self.config = config
-    sources = [open_source(spec) for spec in config.sources]
+    sources = [open_source(spec, skip=config.corrupt == "skip") for spec in config.sources]
+    for source in sources:
+      if source.skipped.count:
+        logging.warning("config.data.corrupt = 'skip': of %s %s", source.spec, visible(str(source.skipped)))
     splits = split_documents(
       [(document.text for document in source) for source in sources], config.validation_share, config.test_share
     )
@@ -95,8 +99,10 @@ class TextData:
         "splits": {name: len(split[name]) for name in SPLITS},
         "files": source.manifest(),
       }
+      | (source.skipped.manifest() if config.corrupt == "skip" else {})
       for source, split in zip(sources, splits, strict=True)
     ]
+    self._left = [source.digest() for source in sources if source.skipped.count]
     self._documents = {
       name: [
         TokenisedDocuments(source, split[name], self.tokenizer) for source, split in zip(sources, splits, strict=True)
@@ -161,9 +167,10 @@ class TextData:
   def _identity(self) -> str:
     """Returns a digest of everything the stream of rows depends on."""
     config = dataclasses.asdict(self.config) | {"sources": None, "tokenizer": self.fingerprint}
+    del config["corrupt"]  # what was left out counts, and not that it might have been
     # Content, not paths: a run may move to another machine.
     files = [[file["sha256"] for file in entry["files"]] for entry in self.manifest]
-    return hashlib.sha256(json.dumps([config, files], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([config, files, *self._left], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _join(documents: list[np.ndarray]) -> Pairs:

@@ -7,7 +7,6 @@ one, tells each file's hash.
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from moe_lab.evaluate.offline import is_right
 from moe_lab.evaluate.outcomes import Outcome
 from moe_lab.evaluate.passages import Passages
 from moe_lab.evaluate.scoring import Scorer
+from moe_lab.strict_json import parse
 
 SPARE_TOKENS = 8  # that a generated answer may be longer than the right one; it ends with its line
 _CLOSING = tuple(".,;:!?)]}…")  # punctuation that stands close to what is before it
@@ -133,8 +133,8 @@ def _load(path: Path, entry: dict, limit: int | None) -> JsonTask:
 
 def _item(line: str, place: str) -> dict:
   try:
-    item = json.loads(line)
-  except (ValueError, RecursionError) as error:
+    item = parse(line)
+  except ValueError as error:
     raise UserError(f"{place}: not JSON ({error})") from None
   if not isinstance(item, dict) or not isinstance(item.get("prompt"), str) or not item["prompt"]:
     raise UserError(f'{place}: wanted an object with a text "prompt"')
@@ -153,7 +153,7 @@ def _item(line: str, place: str) -> dict:
 def _manifest(path: Path) -> dict[str, dict]:
   """Returns what a manifest says of each task; {} where there is none."""
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = parse(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     return {}
   except (OSError, ValueError) as error:

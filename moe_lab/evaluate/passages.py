@@ -5,13 +5,13 @@ counted: those that hold the question's last words (all of a short one) and the 
 of `LONG` words or more.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from moe_lab.errors import UserError, require
+from moe_lab.strict_json import parse
 
 CHARACTERS = 600  # of a passage, about a hundred words
 SHOWN = 3  # passages of an item
@@ -120,7 +120,7 @@ def _texts(folder: Path) -> Iterator[str]:
 
 def _line_text(line: str, place: str) -> str:
   try:
-    fields = json.loads(line)
+    fields = parse(line)
   except ValueError as error:
     raise UserError(f"--retrieve: {place}: not JSON ({error})") from None
   if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):

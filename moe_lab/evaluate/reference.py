@@ -15,7 +15,6 @@ folder, they are taken from there. Needs the extra eval.
 
 import dataclasses
 import functools
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from moe_lab.evaluate.outcomes import Outcome
 from moe_lab.evaluate.passages import Passages
 from moe_lab.evaluate.scoring import Scorer
 from moe_lab.evaluate.suite import Skipped
+from moe_lab.strict_json import parse
 
 FEWSHOT_SEED = 1234  # the harness's own default
 # What a school asks, by the name of a subject of MMLU; other subjects are not graded.
@@ -251,7 +251,7 @@ def _rows(path: Path, fields: Sequence[str]) -> list[dict]:
   for number, line in enumerate(lines, 1):
     if line.strip():
       try:
-        row = json.loads(line)
+        row = parse(line)
       except ValueError as error:
         raise UserError(f"--data: {path}, line {number}: not JSON ({error})") from None
       if not isinstance(row, dict) or not row.keys() >= set(fields):

@@ -1,13 +1,13 @@
 """Whole responses, and requests as they stand in a file."""
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moe_lab.errors import UserError, did_you_mean
 from moe_lab.infer.engine import Engine, Token
 from moe_lab.infer.request import Request
+from moe_lab.strict_json import parse
 
 
 @dataclasses.dataclass
@@ -95,8 +95,8 @@ def read_prompts(path: Path) -> list[tuple[str, str, dict]]:
 
 def _from_json(place: str, line: str) -> tuple[str, dict]:
   try:
-    fields = json.loads(line)
-  except (ValueError, RecursionError) as error:  # also of numbers that are too long, and of lists in lists
+    fields = parse(line)
+  except ValueError as error:  # also of numbers that are too long
     raise UserError(f"{place}: not JSON ({error})") from None
   if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
     raise UserError(f'{place}: wanted an object with a text "prompt"')

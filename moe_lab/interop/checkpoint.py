@@ -71,7 +71,9 @@ def _gguf(path: Path) -> Checkpoint:
   ends = {name: raw[f"{name}_token_id"] for name in ("bos", "eos")}
   tokenizer = hf_tokenizer.of_text(text, ends["bos"], ends["eos"], config.data.vocab_size, str(path))
   settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
-  settings |= {f"{name}_token": pieces[token] for name, token in ends.items() if token is not None}
+  settings |= {
+    f"{name}_token": pieces[token] for name, token in ends.items() if token is not None and token < len(pieces)
+  }
   if template := reader.get("tokenizer.chat_template"):
     settings["chat_template"] = template
   carried = {"tokenizer.json": text.encode(), "tokenizer_config.json": json.dumps(settings, indent=2).encode()}

@@ -64,7 +64,7 @@ class Gguf:
     self.where, self._gguf = str(path), need("gguf")
     try:
       self._reader = self._gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
+    except Exception as error:  # a damaged file shows up as nearly any type
       raise UserError(f"{path} cannot be read as GGUF: {error}") from None
     self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
     self.names = tuple(self._tensors)
@@ -75,12 +75,33 @@ class Gguf:
 
   def read(self, name: str) -> np.ndarray:
     tensor = self._tensors[name]
-    return self._gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(self.shape(name))
+    try:
+      return self._gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(self.shape(name))
+    except (ValueError, NotImplementedError, KeyError, IndexError) as error:
+      raise UserError(f"{self.where}: {name} cannot be read: {error}") from None
 
   def get(self, key: str, default=None):
-    """Returns a value of the metadata."""
+    """Returns a value of the metadata; raises UserError where it is cut short."""
     field = self._reader.get_field(key)
-    return default if field is None else field.contents()
+    try:
+      return default if field is None else field.contents()
+    except (ValueError, IndexError, TypeError, KeyError) as error:
+      raise UserError(f"{self.where}: {key} cannot be read: {error}") from None
+
+  def _number(self, key: str, kind: type, default: float | None = None) -> float:
+    """Returns a positive number of the metadata; raises UserError where it is none."""
+    value = self.get(key, default)
+    if value is None:
+      raise UserError(f"{self.where}: no {key} in the metadata")
+    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < float("inf"):
+      raise UserError(f"{self.where}: {key} = {value!r}: wanted a positive {'integer' if kind is int else 'number'}")
+    return value
+
+  def _texts(self, key: str) -> list[str]:
+    values = self.get(key)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+      raise UserError(f"{self.where}: {key}: wanted a list of texts")
+    return values
 
   def to_raw(self) -> dict:
     """Returns the config.json that the metadata stands for.
@@ -89,7 +110,7 @@ class Gguf:
       UserError: another architecture, experts, stretched rotary frequencies, or a key that is missing.
     """
     kind = self.get("general.architecture")
-    if kind not in _ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in _ARCHITECTURES:
       hint = did_you_mean(kind, _ARCHITECTURES)
       raise UserError(f"{self.where}: architecture {kind!r}: wanted {', '.join(_ARCHITECTURES)}{hint}")
     if self.get(f"{kind}.expert_count"):
@@ -97,20 +118,22 @@ class Gguf:
     scaling = self.get(f"{kind}.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in self._tensors:
       raise UserError(f"{self.where}: rotary scaling {scaling!r}: wanted none; its safetensors can be imported")
-    raw = {"model_type": "llama", "rope_theta": self.get(f"{kind}.rope.freq_base", 10_000.0)}
+    raw = {"model_type": "llama", "rope_theta": self._number(f"{kind}.rope.freq_base", float, 10_000.0)}
     for key, name in _KEYS.items():
-      raw[key] = self.get(f"{kind}.{name}")
-      if raw[key] is None:
-        raise UserError(f"{self.where}: no {kind}.{name} in the metadata")
-    raw["head_dim"] = self.get(f"{kind}.attention.key_length") or raw["hidden_size"] // raw["num_attention_heads"]
-    rotated = self.get(f"{kind}.rope.dimension_count", raw["head_dim"])
+      raw[key] = self._number(f"{kind}.{name}", float if key == "rms_norm_eps" else int)
+    head_dim = max(raw["hidden_size"] // raw["num_attention_heads"], 1)
+    raw["head_dim"] = self._number(f"{kind}.attention.key_length", int, head_dim)
+    rotated = self._number(f"{kind}.rope.dimension_count", int, raw["head_dim"])
     raw["partial_rotary_factor"] = rotated / raw["head_dim"]
     raw["tie_word_embeddings"] = "output.weight" not in self._tensors
     if "token_embd.weight" not in self._tensors:
       raise UserError(f"{self.where}: no tensor token_embd.weight")
-    raw["vocab_size"] = self.shape("token_embd.weight")[0]
+    raw["vocab_size"] = (*self.shape("token_embd.weight"), 0)[0]
     for name in ("bos", "eos"):
-      raw[f"{name}_token_id"] = self.get(f"tokenizer.ggml.{name}_token_id")
+      key = f"tokenizer.ggml.{name}_token_id"
+      raw[f"{name}_token_id"] = token = self.get(key)
+      if token is not None and not (isinstance(token, int) and 0 <= token < raw["vocab_size"]):
+        raise UserError(f"{self.where}: {key} = {token!r}: wanted one of {raw['vocab_size']} ids")
     return raw
 
   def tokenizer_json(self) -> str:
@@ -120,12 +143,14 @@ class Gguf:
       UserError: it is not byte-level BPE, or cuts texts in a way that is not known here.
     """
     kind, split = self.get("tokenizer.ggml.model"), self.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or split not in _SPLITS:
+    if kind != "gpt2" or not isinstance(split, str) or split not in _SPLITS:
       raise UserError(
         f"{self.where}: tokenizer {kind!r}, {split!r}: wanted gpt2 (byte-level BPE) with one of {', '.join(_SPLITS)}"
       )
-    pieces = self.get("tokenizer.ggml.tokens")
+    pieces, merges = self._texts("tokenizer.ggml.tokens"), self._texts("tokenizer.ggml.merges")
     kinds = self.get("tokenizer.ggml.token_type") or [1] * len(pieces)
+    if not isinstance(kinds, list) or len(kinds) != len(pieces):
+      raise UserError(f"{self.where}: tokenizer.ggml.token_type: wanted a kind for each of {len(pieces)} tokens")
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
       {"id": token, "content": piece, "special": kinds[token] == _CONTROL} | plain
@@ -137,7 +162,7 @@ class Gguf:
       "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
       "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
       "vocab": {piece: token for token, piece in enumerate(pieces)},
-      "merges": [merge.split(" ") for merge in self.get("tokenizer.ggml.merges")],
+      "merges": [merge.split(" ") for merge in merges],
     }  # fmt: skip
     content = {
       "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,

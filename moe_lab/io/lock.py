@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_lab.errors import UserError
+from moe_lab.strict_json import parse
 
 # The scheduler's name for the job that this process belongs to, the same for every attempt at it. Launchers set it.
 JOB = "MOE_LAB_JOB"
@@ -82,7 +83,7 @@ def _alone(workdir: Path) -> Iterator[None]:
 def _read(path: Path) -> dict | None:
   """Returns the holder that the file names: {} when it was cut short, None when there is no file."""
   try:
-    holder = json.loads(path.read_text())
+    holder = parse(path.read_text())
   except FileNotFoundError:
     return None
   except ValueError:
@@ -104,6 +105,8 @@ def _alive(holder: dict) -> bool:
     os.kill(holder["pid"], 0)
   except ProcessLookupError:
     return False
+  except OverflowError:
+    return False  # no process has such a number
   except OSError:
     pass  # it exists and is somebody else's
   born = _born(holder["pid"])

@@ -9,7 +9,6 @@ imported/      the files that came with a checkpoint of somebody else's
 
 import dataclasses
 import datetime
-import json
 import shlex
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from moe_lab.io import hosts, record
 from moe_lab.io.checkpoint import saved_steps
 from moe_lab.io.files import dump_json, write_text
 from moe_lab.io.lock import RunLock
+from moe_lab.strict_json import parse
 
 CARRIED = "imported"
 # What may change when a run is continued: how often it reports and where it runs, not what it computes.
@@ -150,12 +150,24 @@ def load_run(workdir: Path) -> tuple[Config, dict]:
   paths = workdir / "config.json", workdir / "run.json"
   try:
     text, info_text = (path.read_text(encoding="utf-8") for path in paths)
-    info = json.loads(info_text)
-    if not isinstance(info, dict):
-      raise ValueError(f"{paths[1]}: wanted an object")
+    info = parse(info_text)
+    _check_info(info)
   except (OSError, ValueError) as err:
     raise UserError(f"the run in {workdir} cannot be read: {err}") from err
   return from_json(text, source=str(paths[0])), info
+
+
+def _check_info(info: object) -> None:
+  """Raises ValueError unless run.json has the form that its readers rely on."""
+  if not isinstance(info, dict):
+    raise ValueError("run.json: wanted an object")
+  for name, kind in (("tokenizer_fingerprint", str), ("started", str), ("command", str), ("imported", dict)):
+    if not isinstance(info.get(name, kind()), kind):
+      raise ValueError(f"run.json: {name}: wanted {'text' if kind is str else 'an object'}")
+  for name in ("data", "devices", "launches"):
+    entries = info.get(name, [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+      raise ValueError(f"run.json: {name}: wanted a list of objects")
 
 
 def is_finished(workdir: Path, config: Config) -> bool:

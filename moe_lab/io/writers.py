@@ -12,6 +12,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from moe_lab.errors import RunError, UserError
 from moe_lab.io.files import dump_json, write_text
+from moe_lab.strict_json import parse
 
 _FLUSH_SECONDS = 10.0  # between TensorBoard's updates; each waits for the disk
 
@@ -135,10 +136,12 @@ def _parse(path: Path, text: str) -> list[dict]:
   records = []
   for number, line in enumerate(text.split("\n")[:-1], 1):
     try:
-      record = json.loads(line)
+      record = parse(line)
     except ValueError:
       record = None
     if not isinstance(record, dict):
       raise UserError(f"{path}, line {number}: wanted a JSON object, got {line[:40]!r}")
+    if not isinstance(record.get("kind", ""), str) or not isinstance(record.get("step", 0), int | float):
+      raise UserError(f"{path}, line {number}: wanted a kind and a step, got {line[:40]!r}")
     records.append(record)
   return records

@@ -17,6 +17,7 @@ from moe_lab.report.page import escape, note, page, table, write_page
 from moe_lab.report.passage import passage
 from moe_lab.report.routing_sections import class_section, counts_section, last_with, load_section, recent_mean
 from moe_lab.report.suites import read_suites, suites_section
+from moe_lab.strict_json import parse
 
 _MAX_FILES = 200  # of the data manifest
 
@@ -170,7 +171,7 @@ def _value(value: object) -> str:
 
 def _read_evaluation(path: Path) -> dict:
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = parse(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     return {}
   except (OSError, ValueError) as err:

@@ -20,6 +20,7 @@ from moe_lab.report.suites import (
   page_name,
   task_table,
 )
+from moe_lab.strict_json import parse
 
 _log = logging.getLogger(__name__)
 
@@ -57,9 +58,9 @@ def _keep(file: Path, report: Path, suite: Mapping) -> None:
   if not file.exists():
     return
   try:
-    earlier = json.loads(file.read_text(encoding="utf-8"))
-    step, same = earlier["step"], _question(earlier) == _question(json.loads(dump_json(suite)))
-  except (ValueError, KeyError, TypeError):  # not ours
+    earlier = parse(file.read_text(encoding="utf-8"))
+    step, same = int(earlier["step"]), _question(earlier) == _question(json.loads(dump_json(suite)))
+  except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # not ours
     step, same = "unknown", False
   if same:
     return

@@ -1,6 +1,5 @@
 """What evaluation suites found, as parts of pages: quality against compute, experts by kind of query."""
 
-import json
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from moe_lab.errors import UserError
 from moe_lab.report.charts import Point, Series, line_chart
 from moe_lab.report.numbers import is_number, mean, number, scaled
 from moe_lab.report.page import escape, figure, note, table
+from moe_lab.strict_json import parse
 
 _MOST_LINES = 8  # the page's line colours
 _BAR = 7  # rem, of the kind with most experts
@@ -23,9 +23,11 @@ def read_suites(workdir: Path) -> list[dict]:
   found = []
   for path in sorted(workdir.glob("suite-*.json")):
     try:
-      suite = json.loads(path.read_text(encoding="utf-8"))
+      suite = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
       raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(suite, dict) or "suite" not in suite:
+      raise UserError(f"{path}: wanted the record of a suite")
     if path.name == file_name(suite):  # others are of earlier checkpoints
       found.append(suite)
   return found

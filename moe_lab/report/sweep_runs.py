@@ -4,15 +4,16 @@ sweep.json names the sweep, the command and the runs, in the sweep's order: each
 sets and, where it failed, why. How far a run is, its folder says.
 """
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from moe_lab.config.sweep import FOLDER
 from moe_lab.errors import UserError
 from moe_lab.io.writers import read_metrics
 from moe_lab.report.numbers import aligned, is_number, number, plus_minus, scaled
 from moe_lab.report.suites import read_suites
+from moe_lab.strict_json import parse
 
 SEED = "seed"  # the axis whose options are repetitions of one thing
 # Result key -> its column's title and how a number is written there.
@@ -40,7 +41,7 @@ def read_sweep(workdir: Path) -> dict:
     UserError: there is no sweep, or a file cannot be read.
   """
   sweep = _read(workdir / "sweep.json")
-  for run in sweep["runs"]:
+  for run in _runs(sweep, workdir):
     folder = workdir / run["name"]
     evals = [record for record in read_metrics(folder) if record.get("kind") == "eval"]
     result = {}
@@ -54,6 +55,17 @@ def read_sweep(workdir: Path) -> dict:
       run["state"] = "started" if (folder / "config.json").is_file() else "waiting"
     run |= {"result": result, "evals": evals, "suites": read_suites(folder)}
   return sweep
+
+
+def _runs(sweep: Mapping, workdir: Path) -> list[dict]:
+  """Returns the runs that sweep.json names; UserError for one that is not in the sweep's folder."""
+  runs = sweep.get("runs")
+  if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+    raise UserError(f"{workdir / 'sweep.json'}: wanted a list of runs")
+  for run in runs:
+    if not isinstance(run.get("name"), str) or not FOLDER.fullmatch(run["name"]):
+      raise UserError(f"{workdir / 'sweep.json'}: a run is called {run.get('name')!r}: wanted the name of a folder")
+  return runs
 
 
 def axes_of(runs: Sequence[Mapping]) -> list[str]:
@@ -132,8 +144,11 @@ def _text(head: list[str], rows: list[list[str]]) -> str:
 
 def _read(path: Path) -> dict:
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    found = parse(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise UserError(f"no sweep in {path.parent}: run one first (python -m experiments.sweep)") from None
   except (OSError, ValueError) as error:
     raise UserError(f"{path} cannot be read: {error}") from error
+  if not isinstance(found, dict):
+    raise UserError(f"{path}: wanted an object")
+  return found

@@ -10,6 +10,8 @@ from moe_lab.adapt.learning import ROUTING, join
 from moe_lab.adapt.tensors import params_of, part_of, spelled, tensors
 from moe_lab.config.schema import Config
 from moe_lab.errors import UserError
+from moe_lab.io.arrays import read_npz
+from moe_lab.strict_json import parse
 
 _ABOUT = "about"  # the entry that says what the file is
 
@@ -44,11 +46,12 @@ def read_adapter(path: Path) -> dict:
     UserError: no such file, or it is something else. Nothing in it is executed.
   """
   try:
-    with np.load(path, allow_pickle=False) as file:
-      if json.loads(str(file[_ABOUT])).get("format") != "moe_lab adapter":
-        raise ValueError("of another format")
-      return params_of({tuple(name.split("/")): file[name] for name in file.files if name != _ABOUT})
-  except (OSError, ValueError, KeyError, EOFError) as error:
+    found = read_npz(path)
+    about = parse(str(found.pop(_ABOUT, "null")))
+    if not isinstance(about, dict) or about.get("format") != "moe_lab adapter":
+      raise ValueError("of another format")
+    return params_of({tuple(name.split("/")): array for name, array in found.items()})
+  except (OSError, ValueError, TypeError) as error:
     raise UserError(f"--adapter={path}: wanted an adapter.npz of experiments.adapt ({error})") from None
 
 

@@ -108,7 +108,7 @@ def load_model(workdir: Path, step: int | None = None, budget: float | None = No
   with Checkpointer(workdir, keep=None) as checkpointer:
     state, _, step = checkpointer.restore(abstract, step)
   return LoadedModel(
-    config, Transformer(config), state.params, state.router_state, budget, step, info["tokenizer_fingerprint"]
+    config, Transformer(config), state.params, state.router_state, budget, step, info.get("tokenizer_fingerprint", "")
   )
 
 

@@ -291,7 +291,7 @@ class _Training:
     self.progress.note("evaluating on the held-out documents")
     report = held_out_report(self.config, self.data, self.eval_step, state.params, state.router_state)
     report |= bigram_report(self.data)
-    speeds = [r["tokens_per_second"] for r in read_metrics(self.run_record.workdir) if r["kind"] == "train"]
+    speeds = [r["tokens_per_second"] for r in read_metrics(self.run_record.workdir) if r.get("kind") == "train"]
     result = {
       "steps": int(state.step),
       "val_loss": report["val_loss"],

@@ -41,13 +41,22 @@ _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 _HOW = {
   "dtype", "attention_backend", "attention_block", "dispatch", "grouped_matmul", "capacity_factor", "remat",
 }  # fmt: skip
+_KINDS = {  # of keys that are looked into before they become a field of ours
+  "max_position_embeddings": int,
+  "sliding_window": int,
+  "decoder_sparse_step": int,
+  "mlp_only_layers": list,
+  "rope_scaling": dict,
+  "rope_parameters": dict,
+}
+_MOST_TENSORS = 10**6  # layers times experts: a count that comes from a file is not to fill the memory with names
 _LONGEST_ROW = 1024  # of evaluation and training, unless the user says otherwise
 
 
 def family_of(raw: Mapping, where: str) -> Family:
   """Returns the family of a config.json; raises UserError for one that has no table."""
   name = raw.get("model_type")
-  if name not in FAMILIES:
+  if not isinstance(name, str) or name not in FAMILIES:
     raise UserError(f"{where}: model_type {name!r}: wanted one of {', '.join(FAMILIES)}{did_you_mean(name, FAMILIES)}")
   return FAMILIES[name]
 
@@ -174,6 +183,12 @@ class _Keys:
     for key, field in fields.items():
       if (got := self.raw.get(key)) is not None and FIELDS[field] is int and not (type(got) is int and got > 0):
         raise self.refuse(key, got, "a positive integer")
+    for key, kind in _KINDS.items():
+      if (got := self.raw.get(key)) is not None and not (type(got) is kind and (kind is not int or got >= 0)):
+        raise self.refuse(key, got, {int: "an integer", list: "a list", dict: "an object"}[kind])
+    experts = self.raw.get("num_experts") or self.raw.get("num_local_experts") or 1
+    if type(experts) is int and self["num_hidden_layers"] * max(experts, 1) > _MOST_TENSORS:
+      raise self.refuse("num_hidden_layers", self["num_hidden_layers"], f"at most {_MOST_TENSORS:,} tensors of experts")
     for key, only in _ONLY.items():
       if (got := self.raw.get(key)) is not None and got != only:
         raise self.refuse(key, got, f"{only!r}, the only one that is supported")
@@ -206,7 +221,7 @@ def _positions(read: _Keys) -> dict[str, object]:
     if kind == "linear":
       found["model.position_interpolation"] = rope["factor"]
     elif kind == "llama3":
-      found["model.rotary_stretch"] = tuple(float(rope[key]) for key in _LLAMA3)
+      found["model.rotary_stretch"] = tuple(rope[key] for key in _LLAMA3)
     elif kind != "default":
       raise read.refuse("rope_type", kind, f"default, linear or llama3{did_you_mean(kind, ('linear', 'llama3'))}")
   except KeyError as error:

@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_lab.errors import UserError
 from moe_lab.interop.extra import need
+from moe_lab.strict_json import parse
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # of a file, about
@@ -20,7 +21,7 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # their names
 def read_json(path: Path) -> dict:
   """Returns the object in a JSON file; raises UserError, which names the file, where there is none."""
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = parse(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
   if not isinstance(value, dict):
@@ -84,6 +85,10 @@ def _listed(folder: Path) -> dict[str, str]:
   listed = read_json(folder / INDEX).get("weight_map")
   if not isinstance(listed, dict) or not listed:
     raise UserError(f"{folder / INDEX}: wanted a weight_map of tensor to file")
+  for tensor, name in listed.items():
+    # Nothing outside the folder, whatever a checkpoint that came from elsewhere says.
+    if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name or "\0" in name:
+      raise UserError(f"{folder / INDEX}: {tensor} in {name!r}: wanted the name of a .safetensors file in this folder")
   return listed
 
 

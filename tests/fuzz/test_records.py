@@ -1,0 +1,95 @@
+"""Mutated files of a run: one line, or what was written."""
+
+import json
+
+import pytest
+from hypothesis import strategies as st
+
+from moe_lab.config.resolve import to_json
+from moe_lab.config.schema import Config
+from moe_lab.errors import UserError
+from moe_lab.io.lock import RunLock
+from moe_lab.io.run import load_run, open_run
+from moe_lab.io.writers import MetricsWriter, read_metrics
+from tests.fuzz.fuzzing import VALUES, answered, each, examples, mutated
+
+RECORDS = [{"kind": "train", "step": step, "loss": 3.0, "load": [[0.5, 0.5]]} for step in (1, 2, 3)]
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  workdir = tmp_path / "run"
+  open_run(workdir, Config(), fingerprint="ab" * 32, manifest=[{"file": "a"}], argv=["x"]).close()
+  return workdir
+
+
+@examples(150, 10_000)
+@pytest.mark.parametrize("name", ["config.json", "run.json"])
+def test_config_and_run(workdir, name, count):
+  path = workdir / name
+  valid = path.read_bytes()
+  keys = st.sampled_from(sorted(json.loads(valid)))
+  shaped = st.builds(lambda key, value: json.dumps(json.loads(valid) | {key: value}).encode(), keys, VALUES)
+
+  def check(data):
+    path.write_bytes(data)
+    with answered(str(workdir)):
+      config, info = load_run(workdir)
+      assert isinstance(config, Config) and isinstance(info, dict)
+    with answered(str(workdir), "config.", "tokenizer"):
+      open_run(workdir, Config(), fingerprint="ab" * 32, manifest=[], argv=["x"]).close()
+    (workdir / "config.json").write_text(to_json(Config()))
+    assert not (workdir / "lock").exists()
+
+  each(mutated([valid]) | shaped | VALUES.map(lambda value: json.dumps(value).encode()), count, check)
+
+
+@examples(150, 10_000)
+def test_metrics(tmp_path, count):
+  path = tmp_path / "metrics.jsonl"
+  valid = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+  line = st.fixed_dictionaries({}, optional={"kind": VALUES, "step": VALUES, "loss": VALUES}) | VALUES
+  lines = st.lists(line, max_size=3).map(lambda values: "".join(json.dumps(v) + "\n" for v in values).encode())
+
+  def check(data):
+    path.write_bytes(data)
+    with answered(str(path)):
+      assert all(isinstance(record, dict) for record in read_metrics(tmp_path))
+    with answered(str(path)):
+      with MetricsWriter(tmp_path) as writer:
+        writer.resume(1)
+      assert all(record.get("step", 0) <= 1 for record in read_metrics(tmp_path))
+
+  each(mutated([valid]) | lines, count, check)
+
+
+@examples(100, 5000)
+def test_locks(tmp_path, count):
+  RunLock(tmp_path)
+  path = tmp_path / "lock"
+  valid = path.read_bytes()
+  shaped = st.builds(
+    lambda key, value: json.dumps(json.loads(valid) | {key: value}).encode(),
+    st.sampled_from(sorted(json.loads(valid))),
+    VALUES,
+  )
+
+  def check(data):
+    path.write_bytes(data)
+    with answered("is in use by process"):
+      RunLock(tmp_path).release()
+      assert not path.exists()
+
+  each(mutated([valid]) | shaped, count, check)
+
+
+def test_the_untouched_files_are_as_written(workdir):
+  config, info = load_run(workdir)
+  assert config == Config() and info["data"] == [{"file": "a"}]
+  with MetricsWriter(workdir) as writer:
+    for record in RECORDS:
+      writer.write(record)
+  assert read_metrics(workdir) == RECORDS
+  with pytest.raises(UserError, match="the key 'kind' is there twice|wanted a JSON object"):
+    (workdir / "metrics.jsonl").write_text('{"kind": "a", "kind": "b", "step": 1}\n')
+    read_metrics(workdir)

@@ -170,7 +170,8 @@ class TrainConfig:
   eval_batches: int = 8  # of validation, at each evaluation while training
   checkpoint_every: int = 200
   keep_checkpoints: int = 2
-  max_skipped: int = 10  # updates in a row with gradients that are not finite before the run stops
+  max_skipped: int = 10  # updates in a row with gradients that are not finite, or spike, before the run stops
+  spike_factor: float = 0.0  # a gradient so many times as long as usual is a spike, and skipped; 0: none is
 
   def __post_init__(self):
     for name in (
@@ -188,6 +189,8 @@ class TrainConfig:
     check_range("train.beta1", self.beta1, 0, 0.9999)
     check_range("train.beta2", self.beta2, 0, 0.99999)
     check_range("train.clip_norm", self.clip_norm, 0, open_low=True)
+    if self.spike_factor:
+      check_range("train.spike_factor", self.spike_factor, 1, open_low=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,9 +61,11 @@ class Tokenizer:
     model: its serialised bytes, which a run keeps as its file `file_name`.
     fingerprint: SHA-256 of the model's bytes, in hex.
     class_names: names for the values of `class_of_token`.
+    begins_texts: whether programs that read the tokenizer's own files put `bos_id` before every text.
   """
 
   class_names = CLASS_NAMES
+  begins_texts = True
   file_name = RUN_FILES[0]
 
   def __init__(self, model: bytes):

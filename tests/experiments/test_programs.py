@@ -116,6 +116,19 @@ def test_generate_answers_a_file_and_a_talk(place):
   assert talk["turns"] == 2 and len(talk["text"]) == 2 and talk["tokens"] <= 8
 
 
+@pytest.mark.slow
+def test_what_responses_of_a_run_cost(place):
+  asked = ("--workdir=run", "--concurrency=2", "--responses=4", "--rounds=2", "--price_per_hour=2", "--out=costs")
+  process = program(place, "benchmark", "cost", *asked)
+  result = result_of(process)
+  assert [(cell["who"], cell["clients"], cell["responses"]) for cell in result["cells"]] == [
+    (who, clients, 4) for clients in (1, 2) for who in ("dynamic", "dynamic, steady", "fixed")
+  ]
+  assert result["model"] == "the model of run, step 6" and "a p99 wants 100 and more" in process.stderr
+  assert {path.suffix for path in (place / "costs").iterdir()} == {".md", ".json", ".html"}
+  assert result["file"].endswith(".md") and result["cells"][0]["price_per_million_tokens"] > 0
+
+
 PRESET = ("--config=configs/medium_50b.py:8k",)
 TEXT = ("--config.data.sources=text:text", "--workdir=new")
 
@@ -155,6 +168,17 @@ TEXT = ("--config.data.sources=text:text", "--workdir=new")
     ("benchmark", ("decode", "--k=2", "--experts=4x8"), ("routing.k_max", "8", "4")),
     ("benchmark", ("decode", "--method=overflow"), ("overflow", "moe_layer")),
     ("benchmark", ("long_attention", "--k=2"), ("--k", "long_attention")),
+    ("benchmark", ("decode", "--responses=5"), ("--responses", "cost only")),
+    ("benchmark", ("decode", "--workdir=run"), ("--workdir", "cost only")),
+    ("benchmark", ("cost", "--k=9"), ("--k=9", "from 1 to 8")),
+    ("benchmark", ("cost", "--workdir=run", "--k=3"), ("--k=3", "wanted 2")),
+    ("benchmark", ("cost", "--workdir=runn"), ("runn", "run")),
+    ("benchmark", ("cost", "--workdir=run", "--experts=8x8"), ("--experts", "--workdir")),
+    ("benchmark", ("cost", "--method=topk"), ("--method", "fixed")),
+    ("benchmark", ("cost", "--concurrency=0"), ("--concurrency=0", "positive")),
+    ("benchmark", ("cost", "--responses=many"), ("--responses", "many")),
+    ("benchmark", ("cost", "--price_per_hour=nan"), ("--price_per_hour=nan", "finite")),
+    ("benchmark", ("cost", "--grid_g_per_kwh=-1"), ("--grid_g_per_kwh", "-1")),
     ("train", (*TEXT, "--config.mesh.fsdp=3"), ("config.mesh.fsdp = 3", "model.dim = 16")),
     ("train", (*TEXT, "--config.mesh.expert=3"), ("config.mesh.expert = 3", "model.num_experts = 4")),
     ("train", (*TEXT, "--config.mesh.fsdp=2"), ("config.mesh", "divisor of the number of devices, 1")),

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from moe_lab.io import progress as progress_lib
-from moe_lab.io.progress import Progress
+from moe_lab.io.progress import Count, Progress
 
 
 class Terminal(io.StringIO):
@@ -77,3 +77,22 @@ def test_short(number, text):
 @pytest.mark.parametrize("seconds_, text", [(0, "0:00"), (102, "1:42"), (3600 + 123.4, "1:02:03")])
 def test_clock(seconds_, text):
   assert progress_lib.clock(seconds_) == text
+
+
+def test_a_count_says_each_tenth_away_from_a_terminal(capsys, seconds):
+  with Count("scored", 25) as count:
+    for _ in range(25):
+      seconds[0] += 1
+      count.add()
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 10 and lines[0] == "3 of 25 scored, 0:03" and lines[-1] == "25 of 25 scored, 0:25"
+
+
+def test_a_count_is_one_line_in_a_terminal(monkeypatch, seconds):
+  terminal = Terminal()
+  monkeypatch.setattr(sys, "stderr", terminal)
+  with Count("scored", 3) as count:
+    for _ in range(3):
+      count.add()
+  shown = terminal.getvalue()
+  assert shown.count("\n") == 1 and shown.count("\r") == 3 and "3 of 3 scored" in shown

@@ -174,14 +174,16 @@ def _schema(app: FastAPI, served: ServedModel, with_key: bool) -> dict:
   for name in ("HTTPValidationError", "ValidationError"):
     schema["components"]["schemas"].pop(name, None)
   low, high = served.card["compute"]["budgets"]
-  least, _ = served.card["compute"]["max_experts"]
-  fields = schema["components"]["schemas"]["ComputeFields"]["properties"]
-  for kind in fields["budget"]["anyOf"]:
-    if kind["type"] == "number":
-      kind |= {"minimum": low, "maximum": high}
-  for kind in fields["max_experts"]["anyOf"]:
-    if kind["type"] == "integer":
-      kind["minimum"] = least
+  most = {"maximum": served.capacity - 1}
+  for name, bounds in (
+    ("ComputeFields", {"budget": {"minimum": low, "maximum": high}}),
+    ("ComputeFields", {"max_experts": {"minimum": served.card["compute"]["max_experts"][0]}}),
+    ("CompletionFields", {"max_tokens": most}),
+    ("ChatFields", {"max_tokens": most, "max_completion_tokens": most}),
+  ):
+    for field, bound in bounds.items():
+      number, _ = schema["components"]["schemas"][name]["properties"][field]["anyOf"]  # or null
+      number |= bound
   return schema
 
 

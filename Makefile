@@ -7,7 +7,7 @@ WORKDIR ?= runs/quickstart
 STAMP := .venv/installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test test-slow lint lock clean-env
+.PHONY: help env train test test-slow test-faults lint lock clean-env
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,9 @@ test: lint  ## lint, and every test but the slow ones
 
 test-slow: env  ## the slow tests
 	.venv/bin/python -m pytest -q -m slow
+
+test-faults: env  ## what is promised when things break, with real processes, signals and files; ends with a table
+	.venv/bin/python -m pytest -q -m fault
 
 lint: env  ## ruff
 	.venv/bin/ruff check --quiet .

@@ -9,6 +9,7 @@ import itertools
 import logging
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -309,4 +310,18 @@ def _is_news(record: logging.LogRecord) -> bool:
   return not (of_orbax and (record.exc_info or "read only" in str(record.msg)))
 
 
+def _is_not_of_a_failed_save(record: logging.LogRecord) -> bool:
+  """False for the traces of a failed save's other writes, one for each array, that asyncio has nobody to raise at."""
+  error = record.exc_info[1] if record.exc_info else None
+  return "OCDBT database" not in str(error)
+
+
+def _except_closed_loops(kind, error, trace) -> None:
+  """As the hook before, but silent about TensorStore's threads, which tell a loop that a failed save has closed."""
+  if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+    _hook_before(kind, error, trace)
+
+
 logging.getLogger("absl").addFilter(_is_news)
+logging.getLogger("asyncio").addFilter(_is_not_of_a_failed_save)
+_hook_before, sys.excepthook = sys.excepthook, _except_closed_loops

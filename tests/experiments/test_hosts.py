@@ -75,6 +75,7 @@ def result_of(ended):
   return json.loads(stdout.splitlines()[-1])
 
 
+@pytest.mark.fault("one of two processes gets SIGTERM")
 @pytest.mark.slow
 def test_what_one_host_is_told_all_do_and_any_number_goes_on(place):
   processes = start(place, "--workdir=two")
@@ -112,6 +113,7 @@ def test_what_one_host_is_told_all_do_and_any_number_goes_on(place):
   assert (place / "two" / "report.html").exists() and len(list((place / "two" / "tensorboard").iterdir())) == 2
 
 
+@pytest.mark.fault("one of two processes killed")
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_host_that_dies_leaves_no_other_waiting(place, victim):
@@ -136,6 +138,7 @@ runpy.run_module("experiments.train", run_name="__main__")
 """
 
 
+@pytest.mark.fault("one of two processes hangs")
 @pytest.mark.slow
 def test_a_host_that_hangs_but_lives_ends_with_all_others(place):
   (place / "hangs.py").write_text(HANGS)
@@ -148,6 +151,7 @@ def test_a_host_that_hangs_but_lives_ends_with_all_others(place):
   assert "fifth_batch_never_comes" in (place / "run" / "hung-1.txt").read_text()
 
 
+@pytest.mark.fault("hosts with other configurations")
 @pytest.mark.slow
 def test_hosts_that_differ_are_refused_by_all(place):
   for code, _, stderr in two_processes.ends(start(place, "--workdir=run", second="--config.train.seed=5")):

@@ -138,6 +138,7 @@ def test_a_removal_that_was_killed_leaves_no_half_step(tmp_path, monkeypatch):
     assert saver.restore(abstract(make_state()))[2] == 2
 
 
+@pytest.mark.fault("another tokenizer, dtype or shape")
 def test_another_dtype_shape_or_leaf_is_refused(tmp_path):
   state = make_state()
   with Checkpointer(tmp_path, keep=1) as saver:
@@ -171,6 +172,7 @@ def test_nothing_to_restore(tmp_path):
     assert (tmp_path / "checkpoints").exists() == (keep is not None)
 
 
+@pytest.mark.fault("empty step directory, killed save")
 def test_what_a_killed_save_left(tmp_path, caplog):
   with Checkpointer(tmp_path, keep=2) as saver:
     saver.save(1, make_state(), {})
@@ -204,6 +206,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
     assert reader.restore(abstract(state))[2] == 1
 
 
+@pytest.mark.fault("a save in the background fails")
 def test_a_failed_save_names_the_last_good_step(tmp_path):
   saver = Checkpointer(tmp_path, keep=2)
   saver.save(1, make_state(), {})

@@ -54,6 +54,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.fault("flipped byte, truncated, deleted: each file of a checkpoint")
 def test_no_damage_of_a_file_gives_a_wrong_number(whole, tmp_path):
   files = sorted(path.relative_to(whole) for path in (whole / "checkpoints" / "2").rglob("*") if path.is_file())
   assert len(files) > 5
@@ -77,6 +78,7 @@ def test_no_damage_of_a_file_gives_a_wrong_number(whole, tmp_path):
   assert refused == gone_back > len(files)  # Orbax alone reads most flips as numbers
 
 
+@pytest.mark.fault("flipped byte in a checkpoint")
 def test_a_run_sets_the_damaged_step_aside_and_goes_on(whole, tmp_path, caplog):
   folder = tmp_path / "run"
   shutil.copytree(whole, folder)

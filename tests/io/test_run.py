@@ -123,6 +123,7 @@ def test_the_second_process_refuses(tmp_path):
   start(tmp_path).close()
 
 
+@pytest.mark.fault("two runs in one directory")
 def test_stale_locks_are_taken_over_and_foreign_ones_believed(tmp_path):
   start(tmp_path).close()
   lock = tmp_path / "lock"
@@ -174,6 +175,7 @@ def test_a_lock_taken_by_another_is_not_released(tmp_path):
   assert (tmp_path / "lock").exists()
 
 
+@pytest.mark.fault("two runs in one directory")
 def test_one_of_many_takes_over_a_stale_lock(tmp_path):
   (tmp_path / "lock").write_text(json.dumps({"host": os.uname().nodename, "pid": 2**22 + 1, "token": "old"}))
   program = (

@@ -66,6 +66,7 @@ def test_training_lowers_the_loss_and_holds_the_budget():
   assert int(state.step) == 60 and int(state.skipped_in_a_row) == 0
 
 
+@pytest.mark.fault("gradient not finite, or a spike")
 def test_a_bad_gradient_changes_nothing_but_the_counters():
   step, state = parts(CONFIG)
   poisoned = state._replace(params=jax.tree.map(lambda p: p * jnp.nan, state.params))
@@ -76,6 +77,7 @@ def test_a_bad_gradient_changes_nothing_but_the_counters():
   jax.tree.map(np.testing.assert_array_equal, untouched, before)
 
 
+@pytest.mark.fault("gradient not finite, or a spike")
 def test_a_spike_changes_nothing_but_the_counters():
   train = dataclasses.replace(CONFIG.train, spike_factor=3.0)
   step, state = parts(dataclasses.replace(CONFIG, train=train))

@@ -144,6 +144,9 @@ class Checkpointer:
     if self._keep is None:
       self._manager.reload()  # the run may have gone on since
     side = self._read(step, meta=ocp.args.JsonRestore()).meta
+    if isinstance(side, dict) and side.keys() == {"meta", "leaves"}:
+      where = self._folder / str(step)
+      raise UserError(f"the checkpoint {where} is of an earlier version of this program, which wrote no digests")
     if not isinstance(side, dict) or side.pop("digest", None) != digest_of(side):
       raise self._damaged(step, "its meta item is not as it was written")
     self._check_fit(step, side["leaves"], _leaves(abstract_state))
@@ -316,12 +319,12 @@ def _is_not_of_a_failed_save(record: logging.LogRecord) -> bool:
   return "OCDBT database" not in str(error)
 
 
-def _except_closed_loops(kind, error, trace) -> None:
-  """As the hook before, but silent about TensorStore's threads, which tell a loop that a failed save has closed."""
-  if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-    _hook_before(kind, error, trace)
+def _ignore_closed_loops(unraisable) -> None:
+  """As the hook before, but silent about TensorStore's threads, which tell a loop that a failed read has closed."""
+  if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+    _hook_before(unraisable)
 
 
 logging.getLogger("absl").addFilter(_is_news)
 logging.getLogger("asyncio").addFilter(_is_not_of_a_failed_save)
-_hook_before, sys.excepthook = sys.excepthook, _except_closed_loops
+_hook_before, sys.unraisablehook = sys.unraisablehook, _ignore_closed_loops

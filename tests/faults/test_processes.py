@@ -9,7 +9,7 @@ import pytest
 from moe_lab.io.writers import read_metrics
 from tests.faults.runs import Launch, assert_same_end
 
-STEPS = "--config.train.steps=600"
+STEPS = "--config.train.steps=1500"
 KILLS = 20
 
 

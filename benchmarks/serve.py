@@ -40,6 +40,7 @@ from moe_lab.train.optimizer import make_optimizer
 from moe_lab.train.state import initial_state
 
 SLOTS, CONTEXT = 16, 768
+QUEUE = 128  # responses that may wait: all that the clients can ask for, two each
 WAYS = ("one slot, one at a time", f"{SLOTS} slots, one at a time", f"{SLOTS} slots, all at once")
 QUANTILES = (50, 95, 99)
 SAMPLE_SECONDS = 5.0  # between two looks at the server's memory
@@ -69,7 +70,7 @@ class Served:
 
   def __init__(self, workdir: Path, slots: int):
     """Starts one and waits until it answers."""
-    flags = [f"--workdir={workdir}", "--port=0", f"--slots={slots}", f"--context={CONTEXT}"]
+    flags = [f"--workdir={workdir}", "--port=0", f"--slots={slots}", f"--context={CONTEXT}", f"--queue={QUEUE}"]
     self.process = subprocess.Popen(
       [sys.executable, "-m", "experiments.serve", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

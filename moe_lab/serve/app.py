@@ -6,16 +6,18 @@ import functools
 import hashlib
 import importlib.resources
 import re
+from collections.abc import Callable
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from moe_lab.serve import limits, metrics, replies
 from moe_lab.serve.answering import Answer
 from moe_lab.serve.fields import ChatFields, CompletionFields, GenerationFields, refusal_of
 from moe_lab.serve.forms import ChatForm, CompletionForm, Form
+from moe_lab.serve.guard import OPEN
 from moe_lab.serve.limits import Limits
 from moe_lab.serve.refusals import STATUSES, Refusal, json_response
 from moe_lab.serve.served import ServedModel
@@ -24,23 +26,40 @@ from moe_lab.serve.worker import Job, Worker
 COMPLETION_TOKENS = 16  # of /v1/completions where nothing is said, as OpenAI has it
 
 
-def make_app(served: ServedModel, worker: Worker, measured: metrics.Metrics, bounds: Limits, is_ending) -> FastAPI:
-  """Returns the application; `is_ending()` says whether the server is about to end."""
-  app = FastAPI(title="moe_lab", version="1", docs_url=None, redoc_url=None)
+def make_app(
+  served: ServedModel,
+  worker: Worker,
+  measured: metrics.Metrics,
+  bounds: Limits,
+  *,
+  is_ending: Callable[[], bool],
+  with_key: bool,
+) -> FastAPI:
+  """Returns the application.
+
+  Args:
+    served: the model.
+    worker: that serves it.
+    measured: its figures.
+    bounds: what may be asked.
+    is_ending: whether the server is about to end.
+    with_key: whether the guard wants a key; the schema says so.
+  """
+  app = FastAPI(title="moe_lab", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
   policy, page = _page()
 
   @app.get("/", response_class=HTMLResponse, include_in_schema=False)
   async def page_at_root():
     return HTMLResponse(page, headers={"content-security-policy": policy, "x-frame-options": "DENY"})
 
-  @app.get("/healthz", responses=_responses(replies.Health, 503))
+  @app.get("/healthz", responses=_responses(replies.Health, 403, 503))
   async def healthz():
     """Whether the engine works and new requests are taken."""
     if trouble := worker.trouble or ("the server is ending" if is_ending() else None):
       raise Refusal(503, trouble)
     return json_response({"status": "ok"})
 
-  @app.get("/metrics", responses={200: {"content": {metrics.CONTENT_TYPE: {}}}} | _errors(401, 403))
+  @app.get("/metrics", response_class=PlainTextResponse, responses=_errors(401, 403))
   async def prometheus():
     """Figures for Prometheus."""
     return Response(measured.text(), media_type=metrics.CONTENT_TYPE)
@@ -111,7 +130,7 @@ def make_app(served: ServedModel, worker: Worker, measured: metrics.Metrics, bou
     response.headers.update({k: v for k, v in (error.headers or {}).items() if k.lower() == "allow"})
     return response
 
-  app.openapi = functools.cache(lambda: _schema(app, served))
+  app.openapi = functools.cache(lambda: _schema(app, served, with_key))
   return app
 
 
@@ -132,7 +151,7 @@ def _check_choices(fields: GenerationFields, prompts: int, room: int) -> None:
   choices, most = prompts * (fields.n or 1), min(limits.CHOICES, room)
   if choices > most:
     wanted = f"wanted at most {most} responses a request, n for each prompt"
-    raise Refusal(400, f"n = {fields.n}: {wanted}, not {choices}", param="n")
+    raise Refusal(400, f"n = {fields.n or 1}: {wanted}, not {choices}", param="n")
 
 
 def _check_alternatives(requests: list, top: int) -> None:
@@ -142,23 +161,29 @@ def _check_alternatives(requests: list, top: int) -> None:
     raise Refusal(400, f"logprobs: {wanted}", param="logprobs")
 
 
-def _schema(app: FastAPI, served: ServedModel) -> dict:
+def _schema(app: FastAPI, served: ServedModel, with_key: bool) -> dict:
   """Returns the OpenAPI schema: FastAPI's, without its own reply to bad fields, and with this model's bounds."""
   schema = FastAPI.openapi(app)
-  for place in schema["paths"].values():
+  for path, place in schema["paths"].items():
     for operation in place.values():
       operation["responses"].pop("422", None)
+      if with_key and path not in OPEN:
+        operation["security"] = [{"key": []}]
+  if with_key:
+    schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
   for name in ("HTTPValidationError", "ValidationError"):
     schema["components"]["schemas"].pop(name, None)
   low, high = served.card["compute"]["budgets"]
-  least, _ = served.card["compute"]["max_experts"]
-  fields = schema["components"]["schemas"]["ComputeFields"]["properties"]
-  for kind in fields["budget"]["anyOf"]:
-    if kind["type"] == "number":
-      kind |= {"minimum": low, "maximum": high}
-  for kind in fields["max_experts"]["anyOf"]:
-    if kind["type"] == "integer":
-      kind["minimum"] = least
+  most = {"maximum": served.capacity - 1}
+  for name, bounds in (
+    ("ComputeFields", {"budget": {"minimum": low, "maximum": high}}),
+    ("ComputeFields", {"max_experts": {"minimum": served.card["compute"]["max_experts"][0]}}),
+    ("CompletionFields", {"max_tokens": most}),
+    ("ChatFields", {"max_tokens": most, "max_completion_tokens": most}),
+  ):
+    for field, bound in bounds.items():
+      number, _ = schema["components"]["schemas"][name]["properties"][field]["anyOf"]  # or null
+      number |= bound
   return schema
 
 

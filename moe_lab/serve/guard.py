@@ -70,6 +70,9 @@ class Guard:
 
   def _refusal(self, scope, generating: bool) -> Refusal | None:
     headers = dict(scope["headers"])
+    if b"transfer-encoding" in headers and b"content-length" in headers:
+      wanted = "wanted Content-Length or Transfer-Encoding, not both"  # of which a proxy may believe the other
+      return Refusal(400, f"the body: {wanted}", close=True)
     if self._loopback and _host_name(headers.get(b"host", b"")) not in LOOPBACK_NAMES:
       return Refusal(403, "Host: wanted localhost or 127.0.0.1, since the server is for this machine only", close=True)
     if self._digest and scope["path"] not in OPEN:

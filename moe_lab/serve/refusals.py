@@ -1,6 +1,7 @@
 """What a client is told that can't have what it asks for, in OpenAI's form."""
 
 import json
+import reprlib
 
 from starlette.responses import Response
 
@@ -65,6 +66,6 @@ def json_bytes(content: dict) -> bytes:
 
 def shown(value: object, most: int = 60) -> str:
   """Returns a client's value as a message quotes it: one short line that every encoding can spell."""
-  text = value if isinstance(value, str) else repr(value)
+  text = value if isinstance(value, str) else reprlib.repr(value)  # which looks at no more than it shows
   cut = text if len(text) <= most else text[:most] + "..."
   return ascii(cut) if isinstance(value, str) else cut.encode("ascii", "backslashreplace").decode()

@@ -111,7 +111,8 @@ class ServedModel:
         raise self.too_long(param, f"{len(prompt):,} tokens")
       if max_tokens is not None and max_tokens > room:
         wanted = f"wanted at most {room} with a prompt of {len(prompt)} tokens, since both share {self.capacity}"
-        raise Refusal(400, f"max_tokens = {max_tokens}: {wanted}", param="max_tokens", code="context_length_exceeded")
+        name = "max_tokens" if fields.max_tokens == max_tokens else "max_completion_tokens"
+        raise Refusal(400, f"{name} = {max_tokens}: {wanted}", param=name, code="context_length_exceeded")
       for index in range(fields.n or 1):
         request = Request(
           prompt,

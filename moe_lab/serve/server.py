@@ -24,6 +24,7 @@ from moe_lab.serve.worker import Worker
 
 PATIENCE = 0.05  # seconds between two looks at whether all requests are answered
 _CLOSING_SECONDS = 2  # for what is on its way when all requests are answered
+_STEP_SECONDS = 10.0  # for the engine's last step
 
 log = logging.getLogger("moe_lab.serve")
 
@@ -72,7 +73,9 @@ class Server:
     self.metrics = Metrics(served)
     self._worker = Worker(engine, bounds.queue, self.metrics.observe)
     self.metrics.watch(self._worker)
-    app = make_app(served, self._worker, self.metrics, bounds, lambda: self._guard.ending)
+    app = make_app(
+      served, self._worker, self.metrics, bounds, is_ending=lambda: self._guard.ending, with_key=key is not None
+    )
     self._guard = Guard(app, key=key, loopback=loopback, count=self.metrics.count)
     self._bounds, self._drain_seconds = bounds, drain_seconds
     self._ends = 0  # how often the end was wanted
@@ -132,7 +135,7 @@ class Server:
       await serving
       for connection in list(server.server_state.connections):
         connection.transport.abort()
-    await asyncio.to_thread(self._worker.join, limits.WRITE_SECONDS)
+    await asyncio.to_thread(self._worker.join, _STEP_SECONDS)
     return self.metrics.totals() | {"unfinished": left, "seconds": time.monotonic() - began}
 
   async def _drain(self) -> int:

@@ -56,7 +56,6 @@ class Running:
   """A server that answers; `result` is what it returned, once it has ended."""
 
   server: Server
-  engine: Engine
   port: int
   thread: threading.Thread
   result: dict
@@ -85,7 +84,7 @@ def running(made: Engine, **arguments):
   thread.start()
   assert ready.wait(30)
   try:
-    yield Running(server, made, port, thread, result)
+    yield Running(server, port, thread, result)
   finally:
     server.end()
     server.end()

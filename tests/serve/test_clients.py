@@ -245,6 +245,8 @@ def test_the_schema_has_this_models_bounds_and_only_what_is_answered(served):
   _, _, schema = ask(served.port, "GET", "/openapi.json")
   budget = schema["components"]["schemas"]["ComputeFields"]["properties"]["budget"]["anyOf"][0]
   assert (budget["minimum"], budget["maximum"]) == (1.0, 4.0)
+  most = schema["components"]["schemas"]["ChatFields"]["properties"]["max_completion_tokens"]["anyOf"][0]
+  assert most["maximum"] == CAPACITY - 1
   for path in ("/v1/completions", "/v1/chat/completions"):
     statuses = set(schema["paths"][path]["post"]["responses"])
     assert statuses == {"200", "400", "401", "403", "404", "408", "413", "429", "500", "503"}

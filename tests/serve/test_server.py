@@ -54,6 +54,12 @@ def test_all_else_is_closed(served, path):
   assert ask(served.port, "GET", path)[0] == 401
 
 
+def test_the_schema_says_what_is_closed(served):
+  _, _, schema = ask(served.port, "GET", "/openapi.json")
+  closed = {path for path, place in schema["paths"].items() for one in place.values() if "security" in one}
+  assert closed == set(schema["paths"]) - {"/healthz"} and schema["components"]["securitySchemes"]
+
+
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80", ""])
 def test_a_name_that_was_made_to_point_here_is_refused(served, host):
   assert ask(served.port, "GET", "/", headers={"Host": host})[0] == 403
@@ -124,6 +130,7 @@ def test_a_body_that_does_not_say_its_length_is_bounded_too(served):
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
+    b"POST /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\nb\0c\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n",

@@ -93,7 +93,7 @@ def words(found: dict, machine: dict) -> list[str]:
     shares = " and ".join(f"{share:.0%}" for share in busy)
     told.append(
       f"Other programs computed on this machine: {shares} of its cores' time before and after, while this one slept. "
-      "Rows took turns and can be compared; on a machine of its own all are faster."
+      "Rows took turns, yet small differences between them are noise; on a machine of its own all are faster."
     )
   return told
 

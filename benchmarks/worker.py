@@ -64,7 +64,8 @@ def own_stdout() -> TextIO:
   return answers
 
 
-def _time(work: Work, runs: int) -> list[float]:
+def timed(work: Work, runs: int) -> list[float]:
+  """Returns the seconds of each of so many runs."""
   seconds = []
   for _ in range(runs):
     started = time.perf_counter()
@@ -93,11 +94,11 @@ def main() -> None:
   for line in sys.stdin:
     order = json.loads(line)
     if "run" in order:
-      answer(seconds=_time(work, order["run"]))
+      answer(seconds=timed(work, order["run"]))
     elif "matmul" in order:
       product = side.matmul(order["matmul"], contender.case.dtype)
       product.run()
-      answer(flops_per_second=product.report()["flops"] / min(_time(product, 8)))
+      answer(flops_per_second=product.report()["flops"] / min(timed(product, 8)))
     else:
       peak = side.memory() or resident() - before
       answer(peak_bytes=peak, **work.report())

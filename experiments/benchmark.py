@@ -4,15 +4,16 @@
     python -m experiments.benchmark train_step --method=dynamic --k=1,2,4,8 --peers=none
     python -m experiments.benchmark moe_layer --experts=16x512,64x128 --k=8
     python -m experiments.benchmark attention|decode|data
+    python -m experiments.benchmark cost --workdir=runs/any --k=2,1,4 --price_per_hour=2.5     # of responses
     python -m experiments.benchmark long_attention   # half an hour: 16K to 256K tokens, with and without skipping
     python -m experiments.benchmark tpu_compile|tpu_long_context      # ahead of time, without a TPU; needs libtpu
     python -m experiments.benchmark presets|weak_scaling              # half an hour each: preflights, likewise
     python -m experiments.benchmark offload                           # a plan for 24 GB, in seconds
 
-Contenders take turns, each in a process of its own. The table goes to stderr
-and, with the figures and the machine, into dated files under --out; the result
-is the last line on stdout. Peers need `pip install -e .[peers]`; a peer that
-is not installed is left out and said so.
+Contenders take turns, each in a process of its own (those of `cost` share one,
+and a model). The table goes to stderr and, with the figures and the machine,
+into dated files under --out; the result is the last line on stdout. Peers need
+`pip install -e .[peers]`; a peer that is not installed is left out and said so.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import importlib
 import importlib.util
 import itertools
 import logging
+import math
 import sys
 from pathlib import Path
 
@@ -36,11 +38,18 @@ REPORTS = (
   "presets",
   "offload",
 )  # each decides for itself what it measures
-BENCHMARKS = ("train_step", "moe_layer", "attention", "decode", "data", *REPORTS)
+BENCHMARKS = ("train_step", "moe_layer", "attention", "decode", "data", "cost", *REPORTS)
+COST_FLAGS = ("concurrency", "responses", "price_per_hour", "grid_g_per_kwh", "workdir")  # of `cost` alone
 METHODS = ("topk", "dynamic", "dynamic_rollouts", "overflow")
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_list("k", [], "Experts per token, or the mean of a dynamic method; several: 1,2,4.", flag_values=FLAGS)
+flags.DEFINE_list(
+  "k",
+  [],
+  "Experts per token, or the mean of a dynamic method; several: 1,2,4. Of cost: budgets, the first for every number of "
+  "clients.",
+  flag_values=FLAGS,
+)
 flags.DEFINE_list("method", ["topk"], f"Routing: {', '.join(METHODS)}.", flag_values=FLAGS)
 flags.DEFINE_list("experts", [], "Number and hidden width of experts, as in 16x512,64x128.", flag_values=FLAGS)
 flags.DEFINE_enum("preset", "auto", ["auto", "cpu", "gpu"], "The shapes; auto: by what is here.", flag_values=FLAGS)
@@ -48,19 +57,33 @@ flags.DEFINE_enum("peers", "all", ["all", "none"], "Whether to measure the peers
 flags.DEFINE_integer(
   "rounds", 5, "Turns of each contender, of two timed runs and one before them.", lower_bound=1, flag_values=FLAGS
 )
+flags.DEFINE_integer(
+  "concurrency", 8, "Of cost: the most requests at a time; measured are 1, 2, 4 ... and it.", 1, flag_values=FLAGS
+)
+flags.DEFINE_integer("responses", 100, "Of cost: responses a row, over all rounds.", 1, flag_values=FLAGS)
+flags.DEFINE_float(
+  "price_per_hour", None, "Of cost: of one device, in any currency; tells prices.", 0, flag_values=FLAGS
+)
+flags.DEFINE_float(
+  "grid_g_per_kwh", None, "Of cost: grams of CO2 that the grid emits for a kWh; tells carbon.", 0, flag_values=FLAGS
+)
 flags.DEFINE_string("out", "benchmarks/results", "The folder of the dated files.", flag_values=FLAGS)
 
 log = logging.getLogger("experiments.benchmark")
 
 
-def main(benchmark: str) -> dict:
-  """Returns the result of one benchmark."""
+def main(benchmark: str, workdir: Path | None = None) -> dict:
+  """Returns the result of one benchmark; `workdir`: the run that `cost` serves, by default a model made for it."""
   if "overflow" in FLAGS.method and benchmark != "moe_layer":
     raise UserError(f"--method=overflow: wanted with moe_layer only, not {benchmark}")
   if benchmark not in BENCHMARKS:
     raise UserError(
       f"benchmark {benchmark!r}: wanted one of {', '.join(BENCHMARKS)}{did_you_mean(benchmark, BENCHMARKS)}"
     )
+  if benchmark == "cost":
+    _check_cost_flags(workdir)
+  elif given := [name for name in COST_FLAGS if FLAGS[name].present]:
+    raise UserError(f"--{given[0]}: wanted with cost only, not {benchmark}")
   from benchmarks import machine, plot, results
   from benchmarks.measure import measure
   from moe_lab.io.files import write_text
@@ -76,6 +99,8 @@ def main(benchmark: str) -> dict:
     print(f"\n{path.read_text()}\n{path}", file=sys.stderr)
     return {"benchmark": benchmark, "machine": described, "results": found, "file": path}
   preset = FLAGS.preset if FLAGS.preset != "auto" else ("gpu" if described["accelerator"] else "cpu")
+  if benchmark == "cost":
+    return _cost(workdir, preset, described, command)
   contenders = _contenders(benchmark, _cases(benchmark, preset), preset)
   measured, peak = measure(contenders, FLAGS.rounds, preset, log.info)
   result = results.summary(benchmark, measured, peak, described)
@@ -85,6 +110,63 @@ def main(benchmark: str) -> dict:
     write_text(path.with_suffix(".html"), drawing)
   print(f"\n{text}\n\n{path}", file=sys.stderr)
   return result | {"file": path}
+
+
+def _check_cost_flags(workdir: Path | None) -> None:
+  for name in ("method", "peers"):
+    if FLAGS[name].present:
+      raise UserError(
+        f"--{name}: wanted without it: cost measures a model's own counts beside fixed ones, and no peers"
+      )
+  for name in ("experts", "preset"):
+    if FLAGS[name].present and workdir is not None:
+      raise UserError(f"--{name}: wanted without --workdir: the run's model has shapes of its own")
+  if len(FLAGS.experts) > 1:
+    raise UserError(f"--experts={','.join(FLAGS.experts)}: wanted one size with cost")
+  for name in ("price_per_hour", "grid_g_per_kwh"):
+    value = getattr(FLAGS, name)
+    if value is not None and not math.isfinite(value):
+      raise UserError(f"--{name}={value}: wanted a finite number")
+
+
+def _cost(workdir: Path | None, preset: str, described: dict, command: str) -> dict:
+  """Returns the result of `cost`: latency, throughput, energy and price of responses."""
+  from benchmarks import cost, cost_page, served
+  from benchmarks.case import PRESETS
+  from moe_lab.io.run import load_run
+
+  if workdir is None:
+    num_experts, expert_dim = _size(FLAGS.experts[0]) if FLAGS.experts else (PRESETS[preset].num_experts, None)
+    case = dataclasses.replace(
+      PRESETS[preset], num_experts=num_experts, expert_dim=expert_dim or PRESETS[preset].expert_dim
+    )
+    routing = served.made_config(case, (2.0, 4.0)).routing
+    low, high, default = routing.budgets[0], float(routing.k_max), (2.0, *routing.budgets)
+  else:
+    routing = load_run(workdir)[0].routing
+    (low, high), default = routing.budgets, (routing.mean_count, *routing.budgets)
+  budgets = tuple(dict.fromkeys(_budget(text, low, high) for text in FLAGS.k) or dict.fromkeys(default))
+  settings = cost.Settings(
+    budgets, FLAGS.concurrency, FLAGS.responses, FLAGS.rounds, FLAGS.price_per_hour, FLAGS.grid_g_per_kwh
+  )
+  if FLAGS.responses < cost.ENOUGH:
+    log.warning("--responses=%d: a p99 wants %d and more", FLAGS.responses, cost.ENOUGH)
+  model = served.made(case, budgets) if workdir is None else served.loaded(workdir)
+  found = cost.report(model, served.prompts(model, budgets), settings, log.info)
+  path = cost_page.save(Path(FLAGS.out), found, described, command)
+  print(f"\n{path.read_text()}\n{path}", file=sys.stderr)
+  return {"benchmark": "cost", "machine": described} | found | {"file": path}
+
+
+def _budget(text: str, low: float, high: float) -> float:
+  try:
+    budget = float(text)
+  except ValueError:
+    raise UserError(f"--k={text}: wanted a number") from None
+  if not low <= budget <= high:
+    wanted = f"{low:g}" if low == high else f"a number from {low:g} to {high:g}"
+    raise UserError(f"--k={text}: wanted {wanted}, what the model is trained for")
+  return budget
 
 
 def _cases(benchmark: str, preset: str) -> list:
@@ -160,4 +242,4 @@ def _decode_cases(cases: list) -> list:
 
 
 if __name__ == "__main__":
-  program.run(main, FLAGS)
+  program.run(main, FLAGS, one_arena=False)  # `cost` decodes in this process

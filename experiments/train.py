@@ -30,7 +30,7 @@ def main(config: Config, workdir: Path) -> dict | None:
   from moe_lab.train.loop import train
 
   with joined(given):
-    result = train(config, workdir, program.cache_dir(), sys.argv)
+    result = train(config, workdir, program.cache_dir(), sys.argv, step_timeout=given.step_timeout)
     return result | {"report": write_report(workdir)} if is_first() else None
 
 

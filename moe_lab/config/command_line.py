@@ -52,7 +52,7 @@ def define(own: flags.FlagValues, takes: set[str]) -> None:
       "config",
       None,
       "A config file, FILE.py or FILE.py:arg. --config.SECTION.FIELD=VALUE then overrides one of its "
-      "fields; moe_lab/config/schema.py lists them. A list is written a,b or \"('a', 'b')\".",
+      "fields; moe_lab/config/schema.py and the files beside it list them. A list is written a,b or \"('a', 'b')\".",
       flag_values=own,
     )
   if "workdir" in takes:

@@ -19,6 +19,8 @@ class Hosts:
     process_id: of this process, from 0.
     initialization_timeout: seconds to wait for all to come.
     heartbeat_timeout: seconds after which a silent process is taken for dead.
+    step_timeout: seconds that a training step may take with what follows it; a process that hangs for longer ends. The
+      first step is compiled, and a save may wait for a slow disk.
   """
 
   coordinator_address: str | None = None
@@ -26,6 +28,7 @@ class Hosts:
   process_id: int | None = None
   initialization_timeout: int = 300
   heartbeat_timeout: int = 100
+  step_timeout: int = 3600
 
   def __post_init__(self):
     together = ("coordinator_address", "num_processes", "process_id")
@@ -42,7 +45,7 @@ class Hosts:
         raise UserError(f"--coordinator_address={self.coordinator_address}: wanted HOST:PORT of process 0")
       if not 0 <= self.process_id < self.num_processes:
         raise UserError(f"--process_id={self.process_id}: wanted 0 to {self.num_processes - 1}, below --num_processes")
-    for name in ("initialization_timeout", "heartbeat_timeout"):
+    for name in ("initialization_timeout", "heartbeat_timeout", "step_timeout"):
       if getattr(self, name) < 1:
         raise UserError(f"--{name}={getattr(self, name)}: wanted at least 1 second")
 
@@ -67,6 +70,12 @@ def define(own: flags.FlagValues) -> None:
     "heartbeat_timeout",
     Hosts.heartbeat_timeout,
     "Seconds after which a process that says nothing is taken for dead, and the others end.",
+    flag_values=own,
+  )
+  flags.DEFINE_integer(
+    "step_timeout",
+    Hosts.step_timeout,
+    "Seconds that a training step may take with what follows it: a process that hangs for longer ends.",
     flag_values=own,
   )
 

@@ -67,6 +67,7 @@ class ImportedTokenizer(Tokenizer):
     self._library.no_padding()
     self.bos_id, self.eos_id = ends["bos"], ends["eos"]
     self.pad_id = self.eos_id
+    self.begins_texts = self._library.encode("a").ids[:1] == [self.bos_id]
     pieces = {token: piece for piece, token in self._library.get_vocab(with_added_tokens=True).items()}
     most = max(pieces, default=0) + 1
     if most > vocab_size or max(self.bos_id, self.eos_id) >= vocab_size or len(pieces) < _LEAST_SHARE * vocab_size:

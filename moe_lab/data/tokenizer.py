@@ -61,9 +61,11 @@ class Tokenizer:
     model: its serialised bytes, which a run keeps as its file `file_name`.
     fingerprint: SHA-256 of the model's bytes, in hex.
     class_names: names for the values of `class_of_token`.
+    begins_texts: whether programs that read the tokenizer's own files put `bos_id` before every text.
   """
 
   class_names = CLASS_NAMES
+  begins_texts = True
   file_name = RUN_FILES[0]
 
   def __init__(self, model: bytes):
@@ -104,6 +106,10 @@ class Tokenizer:
   def decode(self, ids) -> str:
     """Returns the text of ids; control ids are empty, bytes that are not UTF-8 become U+FFFD."""
     return b"".join([self._bytes[i] for i in ids]).decode("utf-8", errors="replace")
+
+  def token_bytes(self, token: int) -> bytes:
+    """Returns the bytes of text that an id stands for; none for control ids."""
+    return self._bytes[token]
 
   def bytes_per_token(self) -> np.ndarray:
     """Returns int32 [V]: the UTF-8 bytes of text each id stands for; 0 for control ids."""

@@ -40,3 +40,14 @@ def paired_difference(ours: Mapping[str, float], control: Mapping[str, float]) -
   error = statistics.stdev(differences) / math.sqrt(len(differences))
   win = max(differences) < 0 and -mean > STANDARD_ERRORS * error
   return PairedDifference(by_seed, mean, error, win)
+
+
+def wilson_interval(right: int, asked: int) -> tuple[float, float]:
+  """Returns the 95% interval of a share, `right` of `asked` (Wilson 1927); also where none is right it has a width."""
+  if not asked:
+    return 0.0, 1.0
+  z = 1.959964
+  share, weight = right / asked, z * z / asked
+  middle = (share + weight / 2) / (1 + weight)
+  half = z / (1 + weight) * math.sqrt(share * (1 - share) / asked + weight / (4 * asked))
+  return max(middle - half, 0.0), min(middle + half, 1.0)

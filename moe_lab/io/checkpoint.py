@@ -1,10 +1,11 @@
 """Checkpoints: a whole training state and its JSON side, kept by Orbax.
 
 Orbax alone casts silently when a dtype has changed, takes an empty directory
-for the newest step, and tells nobody when a save in the background fails. The
-differences are made up here.
+for the newest step, reads numbers that have changed on the disk, and tells
+nobody when a save in the background fails. The differences are made up here.
 """
 
+import itertools
 import logging
 import re
 import shutil
@@ -16,9 +17,19 @@ import orbax.checkpoint as ocp
 
 from moe_lab.errors import RunError, UserError
 from moe_lab.io import hosts
+from moe_lab.io.digests import changed, digest_of, digests_of
 from moe_lab.io.files import jsonable
 
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a step's directory until it is whole
+_DAMAGED = ".damaged"  # in the name of a step's directory that was set aside
+
+
+class Damaged(UserError):
+  """A checkpoint that cannot be read as it was written; `what` and why, in words."""
+
+  def __init__(self, what: str, instead: str):
+    super().__init__(f"{what}: {instead}")
+    self.what = what
 
 
 def saved_steps(workdir: Path) -> list[int]:
@@ -82,9 +93,9 @@ class Checkpointer:
     self.wait()  # so that an error is of this step
     if step in self._mine:
       return
-    items = ocp.args.Composite(
-      state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"meta": jsonable(meta), "leaves": _leaves(state)})
-    )
+    side = {"meta": jsonable(meta), "leaves": _leaves(state), "digests": digests_of(state)}
+    side |= {"digest": digest_of(side)}
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(side))
     self._pending = step
     try:
       if step in self.steps():
@@ -100,7 +111,7 @@ class Checkpointer:
     Args:
       abstract_state: pytree like the saved one, of arrays or `jax.ShapeDtypeStruct`;
         a leaf's sharding is where it goes, by default this process's first device.
-      step: which; None for the newest.
+      step: which; None for the newest that is whole. A writer sets those that are not aside.
 
     Returns:
       (state, meta, step): the saved arrays bit for bit.
@@ -112,15 +123,28 @@ class Checkpointer:
     steps = self.steps()
     if not steps:
       raise UserError(f"no checkpoint under {self._folder}: train it first")
-    if step is None:
-      step = steps[-1]
-    if step not in steps:
-      raise UserError(f"no checkpoint of step {step} under {self._folder}: it has {', '.join(map(str, steps))}")
+    if step is not None:
+      if step not in steps:
+        raise UserError(f"no checkpoint of step {step} under {self._folder}: it has {', '.join(map(str, steps))}")
+      return self._restore(abstract_state, step)
+    while True:
+      step = steps.pop()
+      try:
+        return self._restore(abstract_state, step)
+      except Damaged as error:
+        if not steps:
+          raise
+        kept = ""
+        if self._keep is not None:
+          kept = f"; it is kept as {self._set_aside(step)}"
+        logging.warning("%s: going back to step %d%s", error.what, steps[-1], kept)
+
+  def _restore(self, abstract_state: object, step: int) -> tuple[object, dict, int]:
     if self._keep is None:
       self._manager.reload()  # the run may have gone on since
     side = self._read(step, meta=ocp.args.JsonRestore()).meta
-    if not isinstance(side, dict) or not {"meta", "leaves"} <= side.keys():
-      raise self._damaged(step, "its meta item is not one of this program's")
+    if not isinstance(side, dict) or side.pop("digest", None) != digest_of(side):
+      raise self._damaged(step, "its meta item is not as it was written")
     self._check_fit(step, side["leaves"], _leaves(abstract_state))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     # Left to itself Orbax looks for the devices that have saved it.
@@ -128,6 +152,9 @@ class Checkpointer:
       lambda leaf: leaf.update(sharding=here) if getattr(leaf, "sharding", here) is None else leaf, abstract_state
     )
     state = self._read(step, state=ocp.args.StandardRestore(placed)).state
+    other = changed(state, side["digests"])
+    if not hosts.all_hold(other is None):
+      raise self._damaged(step, f"{other or 'a part on another host'} is not as it was written")
     self._mine.add(step)
     return state, side["meta"], step
 
@@ -205,17 +232,30 @@ class Checkpointer:
       self._mine.difference_update(steps)
       self._manager.reload()
 
+  def _set_aside(self, step: int) -> str:
+    """Gives a step's directory a name that is no step's, and returns it."""
+
+    def rename() -> str:
+      free = (f"{step}{_DAMAGED}{number or ''}" for number in itertools.count())
+      name = next(name for name in free if not (self._folder / name).exists())
+      (self._folder / str(step)).rename(self._folder / name)
+      return name
+
+    name = hosts.from_first(rename)
+    self._manager.reload()
+    return name
+
   def _read(self, step: int, **items: object) -> ocp.args.Composite:
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as err:  # a damaged file shows up as nearly any type
       raise self._damaged(step, _first_line(err)) from err
 
-  def _damaged(self, step: int, why: str) -> UserError:
+  def _damaged(self, step: int, why: str) -> Damaged:
     others = [str(s) for s in saved_steps(self._workdir) if s != step]
     instead = f"ask for step {' or '.join(others)}, or " if others else ""
     where = self._folder / str(step)
-    return UserError(f"the checkpoint {where} cannot be read ({why}): {instead}remove that directory")
+    return Damaged(f"the checkpoint {where} cannot be read ({why})", f"{instead}remove that directory")
 
   def _check_fit(self, step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
     where = f"the checkpoint {self._folder / str(step)}"

@@ -45,6 +45,13 @@ def dump_json(value: object, indent: int | None = None) -> str:
   return json.dumps(jsonable(value), indent=indent, allow_nan=False, ensure_ascii=False)
 
 
+def open_up(path: Path) -> None:
+  """Makes a file or folder that was made private one for everyone whom the umask admits."""
+  umask = os.umask(0)
+  os.umask(umask)
+  path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 def write_text(path: Path, text: str) -> None:
   """Replaces `path` by `text` in one step: a reader, or a crash, sees the old file or the new one.
 
@@ -58,10 +65,7 @@ def write_text(path: Path, text: str) -> None:
       file.write(text)
       file.flush()
       os.fsync(file.fileno())
-    # mkstemp makes private files; these are for everyone whom the umask admits.
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(scratch, 0o666 & ~umask)
+    open_up(Path(scratch))
     os.replace(scratch, path)
   except BaseException:
     Path(scratch).unlink(missing_ok=True)

@@ -97,6 +97,18 @@ def all_hold(true: bool) -> bool:
   return bool(np.all(multihost_utils.process_allgather(np.asarray(true))))
 
 
+def from_all(text: str) -> list[str]:
+  """Returns what each process has to say, in their order."""
+  if jax.process_count() == 1:
+    return [text]
+  mine = np.frombuffer(text.encode(), np.uint8)
+  size_P = multihost_utils.process_allgather(np.int32(mine.size))
+  sent = np.zeros(_room(int(np.max(size_P))), np.uint8)
+  sent[: mine.size] = mine
+  sent_PN = np.reshape(multihost_utils.process_allgather(sent), (-1, sent.size))
+  return [row[:size].tobytes().decode() for row, size in zip(sent_PN, np.ravel(size_P), strict=True)]
+
+
 def check_same(what: str, value: object) -> None:
   """Raises UserError, on all processes, unless `value` (of JSON's types) is the same on all."""
   if jax.process_count() == 1:
@@ -176,11 +188,14 @@ def _broadcast(text: str) -> str:
   """Returns process 0's text."""
   mine = np.frombuffer(text.encode(), np.uint8)
   size = int(multihost_utils.broadcast_one_to_all(np.int32(mine.size)))
-  room = -(-size // 1024) * 1024  # few sizes, few programs to compile
-  sent = np.zeros(room, np.uint8)
+  sent = np.zeros(_room(size), np.uint8)
   if is_first():
     sent[:size] = mine
   return multihost_utils.broadcast_one_to_all(sent)[:size].tobytes().decode()
+
+
+def _room(size: int) -> int:
+  return -(-size // 1024) * 1024  # few sizes, few programs to compile
 
 
 def _wait() -> None:

@@ -107,6 +107,31 @@ class Progress:
     return line
 
 
+class Count:
+  """A line on stderr that counts up to a total; away from a terminal a plain line for each tenth."""
+
+  def __init__(self, what: str, total: int):
+    """Args: what: is counted, as in "scored"; total: of it."""
+    self._what, self._total, self._done = what, total, 0
+    self._started = time.monotonic()
+    self._live = sys.stderr.isatty()
+
+  def __enter__(self) -> "Count":
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._live:
+      print(file=sys.stderr)
+
+  def add(self) -> None:
+    """Counts one."""
+    self._done += 1
+    tenths = 10 * self._done // self._total > 10 * (self._done - 1) // self._total
+    if self._live or tenths:
+      line = f"{self._done} of {self._total} {self._what}, {clock(time.monotonic() - self._started)}"
+      print(f"\r{line}\x1b[K" if self._live else line, end="" if self._live else "\n", file=sys.stderr, flush=True)
+
+
 def _bar(share: float, width: int, *, plain: bool) -> Text:
   halves = round(min(max(share, 0), 1) * 2 * width)
   if plain:

@@ -7,13 +7,16 @@ from pathlib import Path
 
 from moe_lab.config import Config, diff
 from moe_lab.errors import UserError
+from moe_lab.io.progress import clock
 from moe_lab.io.run import load_run
 from moe_lab.io.writers import read_metrics
 from moe_lab.report.curves import budget_section, loss_section
+from moe_lab.report.goodput import goodput
 from moe_lab.report.numbers import is_number, number, scaled
 from moe_lab.report.page import escape, note, page, table, write_page
 from moe_lab.report.passage import passage
 from moe_lab.report.routing_sections import class_section, counts_section, last_with, load_section, recent_mean
+from moe_lab.report.suites import read_suites, suites_section
 
 _MAX_FILES = 200  # of the data manifest
 
@@ -45,8 +48,10 @@ def write_report(workdir: Path) -> Path:
     ("Which experts: load", load_section(load, where)),
     ("By class of token", class_section(final.get("by_class"))),
     ("Where the experts went in a text", text or note("No passage: the evaluation at the end of training writes it.")),
-    ("How it was made", _origin(config, info)),
   ]
+  if suites := read_suites(workdir):
+    sections.append(("Evaluation suites", suites_section(suites)))
+  sections.append(("How it was made", _origin(config, info, train)))
   document = page(f"moe_lab run: {workdir.absolute().name}", _head(config, info, train, evals, final), sections)
   return write_page(workdir / "report.html", document)
 
@@ -106,12 +111,16 @@ def _and_bits(bits: object) -> str:
   return f" · {number(bits, 3)} bits/byte" if is_number(bits) else ""
 
 
-def _origin(config: Config, info: dict) -> str:
-  """Returns command, code, configuration, data and launches; the long ones folded."""
+def _origin(config: Config, info: dict, train: list[dict]) -> str:
+  """Returns command, code, goodput, configuration, data and launches; the long ones folded."""
   commit = str(info.get("git_hash") or "unknown")[:12] + (" with uncommitted changes" if info.get("git_dirty") else "")
   body = f"<p>Command <code>{escape(info.get('command', 'unknown'))}</code></p>"
   tokenizer = str(info.get("tokenizer_fingerprint"))[:12]
   body += f"<p>Code <code>{escape(commit)}</code>, tokenizer <code>{escape(tokenizer)}</code></p>"
+
+  if (spent := goodput(train, info)) is not None:
+    body += f"<p>Goodput {spent.share:.0%}: of {clock(spent.elapsed)} since the first launch "
+    body += f"{clock(spent.useful)} went into steps that count</p>"
 
   defaults = {field: default for field, default, _ in diff(Config(), config)}
   rows = [

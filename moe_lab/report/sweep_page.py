@@ -9,6 +9,7 @@ from pathlib import Path
 from moe_lab.report.charts import Point, Series, line_chart
 from moe_lab.report.numbers import is_number, mean
 from moe_lab.report.page import escape, figure, note, page, table, write_page
+from moe_lab.report.suites import groups_section
 from moe_lab.report.sweep_runs import SEED, axes_of, best_first, group_table, groups_of, read_sweep, run_table
 
 _MOST_CURVES = 8  # the page's line colours
@@ -37,6 +38,7 @@ def sweep_page(sweep: Mapping, name: str) -> str:
   sections = [
     ("Means over seeds" if SEED in axes else "Best first", _means(groups, SEED in axes)),
     ("Learning curves", _curves(groups, SEED in axes)),
+    *([("Evaluation suites", suites)] if (suites := groups_section(groups)) else []),
     ("All runs", _runs(runs, len(axes))),
     ("Failed runs", _failed(runs)),
     ("How it was made", _origin(sweep)),

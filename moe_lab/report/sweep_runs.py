@@ -12,6 +12,7 @@ from pathlib import Path
 from moe_lab.errors import UserError
 from moe_lab.io.writers import read_metrics
 from moe_lab.report.numbers import aligned, is_number, number, plus_minus, scaled
+from moe_lab.report.suites import read_suites
 
 SEED = "seed"  # the axis whose options are repetitions of one thing
 # Result key -> its column's title and how a number is written there.
@@ -30,10 +31,10 @@ _MEANS = {"val_loss": 4, "test_loss": 4, "val_bits_per_byte": 4, "eval_mean_expe
 
 
 def read_sweep(workdir: Path) -> dict:
-  """Returns what sweep.json holds, each of its runs with three more entries.
+  """Returns what sweep.json holds, each of its runs with four more entries.
 
   "state": finished | failed | started | waiting. "result": what `train` returned, with the tokens and FLOPs that were
-  spent; {} before the end. "evals": the eval records, by step.
+  spent; {} before the end. "evals": the eval records, by step. "suites": as `read_suites`.
 
   Raises:
     UserError: there is no sweep, or a file cannot be read.
@@ -51,7 +52,7 @@ def read_sweep(workdir: Path) -> dict:
       result = _read(folder / "evaluation.json")["result"] | spent
     else:
       run["state"] = "started" if (folder / "config.json").is_file() else "waiting"
-    run |= {"result": result, "evals": evals}
+    run |= {"result": result, "evals": evals, "suites": read_suites(folder)}
   return sweep
 
 

@@ -21,6 +21,7 @@ from moe_lab.interop.own import export as own
 from moe_lab.interop.own import tokenizer as own_tokenizer
 from moe_lab.interop.tensors import places, read_params, tensors
 from moe_lab.io.checkpoint import Checkpointer
+from moe_lab.io.files import open_up
 from moe_lab.io.run import CARRIED, load_run, open_run
 from moe_lab.train.load import LoadedModel, load_model
 from moe_lab.train.optimizer import make_optimizer
@@ -151,7 +152,8 @@ def _whole_or_absent(folder: Path):
     raise UserError(f"--to={folder} cannot be written: {error.strerror}") from None
   try:
     yield unfinished
-    unfinished.chmod(0o755)  # mkdtemp makes private ones
+    for path in (unfinished, *unfinished.rglob("*")):  # mkdtemp makes private ones, and so does safetensors
+      open_up(path)
     if folder.is_dir():
       folder.rmdir()  # it is empty
     unfinished.rename(folder)

@@ -76,20 +76,18 @@ class TextModel(NamedTuple):
       raise UserError(f"max_tokens: no room for {slots} x {capacity} tokens in memory; wanted fewer") from None
 
 
-def checked_budget(config: Config, budget: float | None) -> float:
-  """Returns the budget to use; one out of range is the user's mistake."""
+def checked_budget(config: Config, budget: float | None, flag: str = "--budget") -> float:
+  """Returns the budget to use; one out of range is the user's mistake, of that flag."""
   routing = config.routing
   if routing.fixed:
     if budget not in (None, routing.k):
-      raise UserError(
-        f"--budget={budget:g}: the run's method is topk, which always takes config.routing.k = {routing.k}"
-      )
+      raise UserError(f"{flag}={budget:g}: the run's method is topk, which always takes config.routing.k = {routing.k}")
     return float(routing.k)
   budget = routing.budget if budget is None else budget
   low, high = routing.budgets
   if not low <= budget <= high:
     wanted = f"{low:g}" if low == high else f"a number from {low:g} to {high:g}"
-    raise UserError(f"--budget={budget:g}: wanted {wanted}, what the run was trained for")
+    raise UserError(f"{flag}={budget:g}: wanted {wanted}, what the run was trained for")
   return budget
 
 

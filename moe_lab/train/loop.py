@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_lab.config.hosts import Hosts
 from moe_lab.config.resolve import to_json
 from moe_lab.config.schema import Config
 from moe_lab.data.loader import Data, open_data
@@ -32,8 +33,10 @@ from moe_lab.train.losses import num_twins
 from moe_lab.train.metrics import Metrics, merge, summarise
 from moe_lab.train.optimizer import make_optimizer
 from moe_lab.train.signals import AnyPreempted, Preemption
+from moe_lab.train.skipped import SkippedBatches
 from moe_lab.train.state import TrainState, abstract_state, initial_state
 from moe_lab.train.step import make_train_step
+from moe_lab.train.watchdog import Watchdog
 
 
 class Ledger:
@@ -87,6 +90,7 @@ def train(
   argv: list[str],
   stop_at: int | None = None,
   start: Start | None = None,
+  step_timeout: float = Hosts.step_timeout,
 ) -> dict:
   """Trains until `config.train.steps`, or continues the run in `workdir`.
 
@@ -99,6 +103,7 @@ def train(
     argv: the command, for the record.
     stop_at: leave as if preempted after this many steps; for tests of resuming.
     start: what to begin from, the same at every launch; None: random weights.
+    step_timeout: seconds that a step may take with what follows it; a process that hangs for longer ends.
 
   Returns:
     The result: what the program prints as its last line.
@@ -109,10 +114,12 @@ def train(
     SystemExit: 75 after SIGTERM to any process, with everything saved.
   """
   with Preemption() as preemption:  # first, for once hosts have met jax takes SIGTERM and keeps it to itself
-    return _train(config, workdir, cache_dir, argv, stop_at, start, preemption)
+    return _train(config, workdir, cache_dir, argv, stop_at, start, step_timeout, preemption)
 
 
-def _train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_at, start, preemption) -> dict:
+def _train(
+  config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop_at, start, step_timeout, preemption
+) -> dict:
   hosts.check_same("the configuration", to_json(config))
   mesh = mesh_or_none(config.mesh)  # first, for it says what does not fit
   data = open_data(config.data, cache_dir)
@@ -131,27 +138,40 @@ def _train(config: Config, workdir: Path, cache_dir: Path, argv: list[str], stop
     with (
       Checkpointer(workdir, config.train.keep_checkpoints) as checkpointer,
       MetricsWriter(workdir) if first else NoWriter() as writer,
+      Watchdog(step_timeout, workdir, jax.process_index()) as watchdog,
+      Progress(config.train.steps, shown=first) as progress,
     ):
-      with Progress(config.train.steps, shown=first) as progress:
-        if jax.default_backend() == "cpu":
-          run.note(cpu_kernels="native" if native.available() else "XLA")
-        parts = (config, mesh, run, data, checkpointer, writer, progress, preemption, stop_at, start)
-        return _Training(*parts).run()
+      if jax.default_backend() == "cpu":
+        run.note(cpu_kernels="native" if native.available() else "XLA")
+      parts = (config, mesh, run, data, checkpointer, writer, watchdog, progress, preemption, stop_at, start)
+      return _Training(*parts).run()
 
 
 class _Training:
   """The parts of one launch, so that the loop below reads top to bottom."""
 
   def __init__(
-    self, config: Config, mesh, run: Run, data: Data, checkpointer, writer, progress, preemption, stop_at, start
+    self,
+    config: Config,
+    mesh,
+    run: Run,
+    data: Data,
+    checkpointer,
+    writer,
+    watchdog,
+    progress,
+    preemption,
+    stop_at,
+    start,
   ):
     self.config, self.run_record, self.data = config, run, data
     self.checkpointer, self.writer, self.progress = checkpointer, writer, progress
-    self.mesh, self.stop_at, self.start = mesh, stop_at, start
+    self.mesh, self.watchdog, self.stop_at, self.start = mesh, watchdog, stop_at, start
     self.preempted = AnyPreempted(preemption, mesh)
     self.model, self.optimizer = Transformer(config, self.mesh), make_optimizer(config.train)
-    self.eval_step = make_eval_step(config, self.model)
+    self.eval_step = watchdog.watched("an evaluation", make_eval_step(config, self.model))
     self.loader = data.train_loader(config.train.batch_size)
+    self.skipped = SkippedBatches(run.workdir, hosts.is_first())
 
   def run(self) -> dict:
     """Trains to the end; see `train`."""
@@ -161,7 +181,7 @@ class _Training:
     if self.start is not None and self.start.reference is not None:
       shardings = params_shardings(self.start.reference, self.mesh) if self.mesh else None
       train_step = functools.partial(train_step, reference=_placed(self.start.reference, shardings))
-    train_step = self.preempted.along(train_step)
+    train_step = self.watchdog.watched("a training step", self.preempted.along(train_step))
     since, first, started = None, step, time.monotonic()
     while step < config.steps:
       if self.preempted.requested() or step == self.stop_at:
@@ -175,6 +195,7 @@ class _Training:
       state, metrics = train_step(state, on_devices(batch, self.mesh) if self.mesh else batch)
       since = metrics if since is None else merge(since, metrics)
       step += 1
+      self.skipped.add(step, batch, metrics.skipped)
       log = step % config.log_every == 0 or step == self.config.routing.warmup_steps
       evaluating = step % config.eval_every == 0 or step == config.steps
       saving = step % config.checkpoint_every == 0 or step == config.steps
@@ -230,18 +251,22 @@ class _Training:
     self.progress.update(
       step, loss=record["loss"], mean_experts=record["mean_experts"], budget=budget, tokens_per_second=speed
     )
-    if record["skipped"]:
-      self.progress.note(f"step {step}: {record['skipped']} updates skipped, gradient not finite")
+    for found in self.skipped.look():
+      self.writer.write(self._position("skipped", found["step"]) | {"batch": found["batch"]})
+      where = f"; its batch is in {found['batch']}" if found["batch"] else ""
+      self.progress.note(f"step {found['step']}: update skipped, gradient not finite or a spike{where}")
     if int(state.skipped_in_a_row) >= self.config.train.max_skipped:
       raise RunError(
-        f"{int(state.skipped_in_a_row)} updates in a row had a gradient that is not finite, up to step {step}; "
+        f"{int(state.skipped_in_a_row)} updates in a row had a gradient that is not finite, or a spike, "
+        f"up to step {step}; "
         f"the last good checkpoint is step {self.checkpointer.latest_step()}; "
         f"lower config.train.learning_rate = {self.config.train.learning_rate}"
       )
 
   def _position(self, kind: str, step: int) -> dict:
     """The fields that every record begins with."""
-    return {"kind": kind, "step": step, "tokens": self.ledger.spent["tokens"], "flops": self.ledger.spent["flops"]}
+    spent = {"tokens": self.ledger.spent["tokens"], "flops": self.ledger.spent["flops"]}
+    return {"kind": kind, "step": step, "time": time.time()} | spent
 
   def _evaluate(self, step: int, state: TrainState) -> None:
     routing = self.config.routing

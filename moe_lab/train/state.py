@@ -32,6 +32,7 @@ class TrainState(NamedTuple):
     router_state: balance biases, running loads, greedy calibration, the method's own, [Z, ...].
     budget_state: the budget controller's.
     skipped_in_a_row: int32 [], updates skipped since the last good one.
+    usual_norm: float32 [], running mean of the gradient's norm; 0: there was none yet.
   """
 
   step: jax.Array
@@ -40,6 +41,7 @@ class TrainState(NamedTuple):
   router_state: RouterState
   budget_state: BudgetState
   skipped_in_a_row: jax.Array
+  usual_norm: jax.Array
 
 
 def adapter_key(config: Config) -> jax.Array:
@@ -75,6 +77,7 @@ def state_of(config: Config, params: Any, optimizer: optax.GradientTransformatio
     router_state=_router_state(config),
     budget_state=initial_budget_state(config.routing),
     skipped_in_a_row=jnp.zeros((), jnp.int32),
+    usual_norm=jnp.zeros(()),
   )
 
 

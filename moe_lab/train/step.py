@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from moe_lab.adapt.learning import join, split
-from moe_lab.config.schema import Config
+from moe_lab.config.schema import Config, TrainConfig
 from moe_lab.nn.transformer import Transformer
 from moe_lab.routing.registry import make_router
 from moe_lab.sharding.rules import copied, state_shardings
@@ -15,6 +15,20 @@ from moe_lab.train.optimizer import learning_rate_schedule
 from moe_lab.train.ppo import further_epochs, heads_or
 from moe_lab.train.state import TrainState
 from moe_lab.types import Batch
+
+_NORM_STEPS = 50  # over which the usual norm of the gradient is taken; so many are seen before one can be a spike
+
+
+def _is_good(grad_norm: jax.Array, state: TrainState, config: TrainConfig) -> jax.Array:
+  """Returns whether a gradient is to be followed: a number, and no spike."""
+  finite = jnp.isfinite(grad_norm)
+  if not config.spike_factor:
+    return finite
+  return finite & ((state.step < _NORM_STEPS) | (grad_norm <= config.spike_factor * state.usual_norm))
+
+
+def _averaged(usual: jax.Array, norm: jax.Array) -> jax.Array:
+  return jnp.where(usual == 0, norm, usual + (norm - usual) / _NORM_STEPS)
 
 
 def _gradients(learning, frozen, state: TrainState, batch: Batch, key, config: Config, model: Transformer, reference):
@@ -57,7 +71,7 @@ def make_train_step(config: Config, model: Transformer, optimizer: optax.Gradien
     learning, others = split(state.params, config.adapt)
     grads, metrics = _gradients(learning, others, state, batch, key, config, model, reference)
     grad_norm = optax.global_norm(grads)
-    finite = jnp.isfinite(grad_norm)
+    good = _is_good(grad_norm, state, config.train)
 
     if config.routing.freezes_model:
       frozen = state.step >= config.routing.warmup_steps
@@ -84,14 +98,19 @@ def make_train_step(config: Config, model: Transformer, optimizer: optax.Gradien
     def skip(params, opt_state):
       return params, opt_state, state.router_state, state.budget_state
 
-    # A gradient that is not finite changes nothing but the counters. A branch, since a select between
+    # A gradient that is not followed changes nothing but the counters. A branch, since a select between
     # old and new would keep XLA from updating in place: three times the time on CPU.
-    learning, *rest = jax.lax.cond(finite, update, skip, learning, state.opt_state)
-    skipped_in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
-    new = TrainState(state.step + 1, join(learning, others), *rest, skipped_in_a_row=skipped_in_a_row)
+    learning, *rest = jax.lax.cond(good, update, skip, learning, state.opt_state)
+    new = TrainState(
+      state.step + 1,
+      join(learning, others),
+      *rest,
+      skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
+      usual_norm=jnp.where(good, _averaged(state.usual_norm, grad_norm), state.usual_norm),
+    )
     metrics = metrics._replace(
       steps=jnp.ones(()),
-      skipped=1.0 - finite,
+      skipped=1.0 - good,
       grad_norm=grad_norm,
       price=router.price(state.router_state, state.budget_state),
       learning_rate=schedule(state.step),

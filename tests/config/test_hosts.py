@@ -36,6 +36,7 @@ def test_what_is_given():
     ((*MEET, "--coordinator_address=a:70000"), "--coordinator_address=a:70000: wanted HOST:PORT"),
     (("--initialization_timeout=0",), "--initialization_timeout=0: wanted at least 1 second"),
     (("--heartbeat_timeout=0",), "--heartbeat_timeout=0: wanted at least 1 second"),
+    (("--step_timeout=0",), "--step_timeout=0: wanted at least 1 second"),
   ],
 )
 def test_a_mistake_is_named(arguments, line):

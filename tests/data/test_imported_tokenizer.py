@@ -94,3 +94,14 @@ def test_what_does_not_fit_is_a_line(original, tokenizer, tmp_path):
       load_tokenizer(str(path), 300)
   with pytest.raises(ValueError, match="no token '<none>'"):
     with_ends(original, None, "<none>")
+
+
+def test_whether_texts_begin_is_as_its_own_file_says(original, tokenizer):
+  assert not tokenizer.begins_texts
+  library = tokenizers.Tokenizer.from_str(original)
+  begin = library.token_to_id("<|begin|>")
+  library.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]
+  )
+  begun = ImportedTokenizer(with_ends(library.to_str(), "<|begin|>", "<|end|>"), tokenizer.vocab_size)
+  assert begun.begins_texts and begun.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()

@@ -124,6 +124,30 @@ def test_a_host_that_dies_leaves_no_other_waiting(place, victim):
   assert code not in (0, 75) and time.monotonic() - began < 60
 
 
+HANGS = """
+import runpy, sys, threading
+from moe_lab.data.iterator import Loader
+if "--process_id=1" in sys.argv:
+  whole, left = Loader.__next__, iter(range(4))
+  def fifth_batch_never_comes(self):
+    return whole(self) if next(left, None) is not None else threading.Event().wait()
+  Loader.__next__ = fifth_batch_never_comes
+runpy.run_module("experiments.train", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_host_that_hangs_but_lives_ends_with_all_others(place):
+  (place / "hangs.py").write_text(HANGS)
+  command = ["hangs.py", *ARGUMENTS[2:], "--workdir=run", "--config.train.steps=1000000"]
+  # Enough for the start and the first step, which is compiled.
+  processes = two_processes.start(*command, "--step_timeout=150", folder=place, MOE_LAB_CACHE=str(place / "cache"))
+  ended = two_processes.ends(processes)
+  assert all(code not in (0, 75) for code, _, _ in ended)
+  assert any("error: --step_timeout=150: process" in stderr for _, _, stderr in ended), ended
+  assert "fifth_batch_never_comes" in (place / "run" / "hung-1.txt").read_text()
+
+
 @pytest.mark.slow
 def test_hosts_that_differ_are_refused_by_all(place):
   for code, _, stderr in two_processes.ends(start(place, "--workdir=run", second="--config.train.seed=5")):

@@ -1,6 +1,7 @@
 """A model of our own, exported: its PyTorch file gives the same logits, counts and tokens."""
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +106,17 @@ def test_padding_on_the_left_changes_nothing(tmp_path):
     alone, beside = theirs(tokens), theirs(padded, attention_mask=mask)
   torch.testing.assert_close(beside.logits[:, 3:], alone.logits, rtol=0, atol=1e-5)
   assert torch.equal(beside.experts[..., 3:], alone.experts) and not beside.experts[..., :3].any()
+
+
+def test_the_umask_decides_who_may_read_an_export(tmp_path):
+  run = trained_run("topk_groups", tmp_path / "run")
+  before = os.umask(0o027)
+  try:
+    export_run(run, tmp_path / "exported", family=None, dtype=None, step=None)
+  finally:
+    os.umask(before)
+  modes = {path.is_dir(): path.stat().st_mode & 0o777 for path in (tmp_path / "exported").rglob("*")}
+  assert modes == {False: 0o640} and (tmp_path / "exported").stat().st_mode & 0o777 == 0o750
 
 
 def test_what_cannot_be_exported_is_a_line(tmp_path):

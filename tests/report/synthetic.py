@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import time
 
 from moe_lab.config import Config, ModelConfig, RoutingConfig, TrainConfig
 from moe_lab.io.run import open_run
@@ -43,6 +44,7 @@ def write_run(workdir, *, method="dynamic", steps=1000, layers=4, experts=16, ev
       record = {
         "kind": "train",
         "step": step,
+        "time": time.time() + step / 3,
         "tokens": step * 4096,
         "flops": step * 4096 * 2.4e6,
         "loss": 2.9 + 4.6 * math.exp(-5 * done) + rng.gauss(0, 0.08),

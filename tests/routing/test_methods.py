@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_lab.config.schema import METHODS, Config, DataConfig, ModelConfig, RoutingConfig, TrainConfig
+from moe_lab.config.routing import METHODS
+from moe_lab.config.schema import Config, DataConfig, ModelConfig, RoutingConfig, TrainConfig
 from moe_lab.nn.transformer import Transformer
 from moe_lab.routing.base import Decisions, RouterContext
 from moe_lab.routing.budget_table import knots

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from moe_lab.config.schema import Config, DataConfig, ModelConfig, RoutingConfig, TrainConfig
+from moe_lab.data.loader import open_data
 from moe_lab.errors import RunError, UserError
 from moe_lab.io.checkpoint import Checkpointer
 from moe_lab.io.writers import read_metrics
@@ -103,6 +104,14 @@ def test_gradients_that_are_not_finite_stop_the_run(tmp_path, monkeypatch):
   config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, max_skipped=2))
   with pytest.raises(RunError, match="not finite.*learning_rate"):
     train(config, tmp_path, tmp_path / "cache", ["test"])
+  skipped = [record for record in read_metrics(tmp_path) if record["kind"] == "skipped"]
+  assert [record["step"] for record in skipped[:2]] == [1, 2] and skipped[0]["batch"] == "skipped/1.npz"
+  loader = open_data(config.data, tmp_path / "cache").train_loader(config.train.batch_size)
+  for record in skipped:
+    batch = next(loader)
+    if record["batch"]:
+      with np.load(tmp_path / record["batch"], allow_pickle=False) as kept:
+        np.testing.assert_array_equal(kept["tokens"], batch.tokens)
 
 
 PROGRAM = """

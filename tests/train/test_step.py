@@ -76,6 +76,26 @@ def test_a_bad_gradient_changes_nothing_but_the_counters():
   jax.tree.map(np.testing.assert_array_equal, untouched, before)
 
 
+def test_a_spike_changes_nothing_but_the_counters():
+  train = dataclasses.replace(CONFIG.train, spike_factor=3.0)
+  step, state = parts(dataclasses.replace(CONFIG, train=train))
+
+  def stepped(usual, number):
+    """The step after `number` others, whose gradients were so long; draws go by the number."""
+    before = state._replace(step=jnp.int32(number), usual_norm=jnp.float32(usual))
+    return step(jax.tree.map(jnp.copy, before), random_batch())
+
+  norm = float(stepped(1e9, 50)[1].grad_norm)
+  for usual, number, skipped in ((norm / 3.1, 50, 1), (norm / 2.9, 50, 0), (norm / 100, 49, 0), (0.0, 0, 0)):
+    after, metrics = stepped(usual, number)
+    assert (int(after.skipped_in_a_row), float(metrics.skipped)) == (skipped, skipped)
+    found = float(metrics.grad_norm)
+    expected = usual if skipped else usual + (found - usual) / 50 if usual else found
+    assert float(after.usual_norm) == pytest.approx(expected, rel=1e-5)
+    moved = jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), after.params, state.params))
+    assert any(moved) == (not skipped)
+
+
 def test_the_counters_of_two_steps_add_up():
   step, state = parts(TOPK)
   state, first = step(state, random_batch(0))

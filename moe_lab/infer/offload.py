@@ -2,13 +2,12 @@
 
 Everything but the experts lies in the accelerator's memory, and of each layer's experts the least recently used
 `resident` ones (arXiv 2312.17238). A step's programs are the engine's own (`programs.py`), cut where the host has to
-look: before each layer's experts. So a step costs two programs and a look of the host a layer, and the bytes of what is
-missing; it gives what the ordinary engine does, for which this is no reference: that is.
+look: before each layer's experts. So beside the bytes of what is missing a step costs three programs and a look of the
+host a layer. It gives what the engine without it does.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +22,15 @@ from moe_lab.nn.block import Block, LayerInputs, SharedInputs
 from moe_lab.nn.layers import RMSNorm
 from moe_lab.nn.moe import Routed
 from moe_lab.nn.transformer import Output, Transformer, embed
-from moe_lab.nn.weights import FAMILIES, FAMILY, part_name, stored_in
+from moe_lab.nn.weights import FAMILIES, part_name, stored_in
 from moe_lab.ops.grouped_mlp import ExpertWeights
 from moe_lab.ops.quantised import BOOKS
 from moe_lab.routing.base import Decisions, RouterState, RouterStats
 from moe_lab.routing.dispatch import dispatch, experts_backend
 
 _HOST = "pinned_host"  # the kind of memory that transfers need not copy out of first
-_NAMES = {part_name(name, part) for name in FAMILIES["experts"] for part in (*BOOKS, "scale")} | {*FAMILIES["experts"]}
-
-
-def _is_expert(name: str) -> bool:
-  return FAMILY.get(name) == "experts" or name in _NAMES
+_EXPERTS = FAMILIES["experts"]
+_NAMES = {*_EXPERTS, *(part_name(name, part) for name in _EXPERTS for part in (*BOOKS, "scale"))}  # of parameters
 
 
 class Offloaded:
@@ -78,7 +74,7 @@ class Offloaded:
       for z in range(num_moe)
     ]
     self.params = jax.device_put(
-      jax.tree_util.tree_map_with_path(lambda path, leaf: None if _is_expert(path[-1].key) else leaf, params),
+      jax.tree_util.tree_map_with_path(lambda path, leaf: None if path[-1].key in _NAMES else leaf, params),
       self._device,
     )
     self.expert_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._experts_ZE[0][0]))
@@ -204,7 +200,6 @@ def _add(x_BLD, routed: Routed, y_TD) -> jax.Array:
 
 
 def _end(config: Config, params: dict, x_BLD, counts: Sequence[jax.Array]) -> Output:
-  norm: Any = RMSNorm(config.model.norm_epsilon)
-  hidden_BLD = norm.apply({"params": params["final_norm"]}, x_BLD)
+  hidden_BLD = RMSNorm(config.model.norm_epsilon).apply({"params": params["final_norm"]}, x_BLD)
   stats = RouterStats(*[None] * len(RouterStats._fields[:-1]))._replace(count_T=jnp.stack(counts))
   return Output(hidden_BLD, params.get("head_VD", params["embedding_VD"]), stats, None)

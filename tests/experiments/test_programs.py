@@ -144,6 +144,8 @@ TEXT = ("--config.data.sources=text:text", "--workdir=new")
     ("generate", ("--workdir=run", "--seed=-1", "--prompt=def "), ("error: seed=-1", "from 0")),
     ("generate", ("--workdir=run", "--prompt=caf\udce9"), ("prompt", "UTF-8", "character 4")),
     ("generate", ("--workdir=run", "--slots=2"), ("--slots=2", "--prompts only")),
+    ("generate", ("--workdir=run", "--resident_experts=5"), ("resident_experts=5", "from 0 to 4")),
+    ("generate", ("--workdir=run", "--resident_experts=-1"), ("--resident_experts=-1",)),
     ("report", ("--workdir=nowhere",), ("nowhere",)),
     ("benchmark", (), ("benchmark", "train_step", "decode")),
     ("benchmark", ("train_stp",), ("train_stp", "did you mean 'train_step'")),

@@ -58,6 +58,13 @@ flags.DEFINE_bool(
 )
 flags.DEFINE_integer("slots", 8, "With --prompts: sequences at a time.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("context", 2048, "With --chat: tokens that are remembered.", lower_bound=2, flag_values=FLAGS)
+flags.DEFINE_integer(
+  "resident_experts",
+  None,
+  "So many experts of a layer stay on the device; others are fetched from the host's memory. By default all stay.",
+  lower_bound=0,
+  flag_values=FLAGS,
+)
 flags.DEFINE_integer("step", None, "Which checkpoint; by default the newest.", flag_values=FLAGS)
 
 LEAST_CAPACITY = 64  # tokens of a sequence that the cache has room for
@@ -95,7 +102,8 @@ class _Model:
   def engine(self, slots: int, capacity: int, steps: int):
     """Returns an engine for sequences of at least `capacity` tokens: powers of two, so that few are ever compiled."""
     capacity = max(1 << (capacity - 1).bit_length(), LEAST_CAPACITY)
-    return self._text.engine(slots=slots, capacity=capacity, steps=steps, steady=FLAGS.steady)
+    settings = {"steady": FLAGS.steady, "resident_experts": FLAGS.resident_experts}
+    return self._text.engine(slots=slots, capacity=capacity, steps=steps, **settings)
 
   def result(self, responses: list, engine, seconds: float) -> dict:
     """Returns what every way of generating reports."""
@@ -108,6 +116,7 @@ class _Model:
       "tokens_per_second": len(experts) / seconds,
       "cache_bytes": engine.cache_bytes,
       "full_cache_bytes": engine.full_cache_bytes,
+      "moved_expert_bytes": engine.offloaded.moved_bytes if engine.offloaded else 0,
       "step": self.loaded.step,
     }
 

@@ -19,6 +19,7 @@ from moe_lab.config.schema import Config
 from moe_lab.errors import UserError
 from moe_lab.infer import programs
 from moe_lab.infer.cache import cache_bytes, empty_cache, full_cache_bytes
+from moe_lab.infer.offload import Offloaded
 from moe_lab.infer.placement import check_mesh, served, shardings
 from moe_lab.infer.request import Request
 from moe_lab.infer.sampling import Sampling
@@ -131,6 +132,7 @@ class Engine:
     budget: float | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    resident_experts: int | Sequence[int] | None = None,
   ):
     """Sets up empty slots.
 
@@ -148,9 +150,11 @@ class Engine:
       budget: of requests that ask for none, and of `steady`; None: the trained budget.
       decode: turns tokens into text.
       mesh: of devices that share the parameters, the slots and their cache; None: one device.
+      resident_experts: so many of each layer stay on the one device, and others are fetched from the host when they are
+        taken (`offload.py`); None: all are there.
 
     Raises:
-      UserError: the routing method is not causal, or the mesh does not divide the slots.
+      UserError: the routing method is not causal, the mesh does not divide the slots, or experts can't be offloaded.
     """
     routing = config.routing
     if not make_router(routing).causal:
@@ -186,8 +190,17 @@ class Engine:
       return jax.jit(functools.partial(program, model, *fixed), donate_argnums=(2, 3), **placed)
 
     most = rows(self._readers * chunk)
-    self._read = {scored: compiled(programs.read, most, scored) for scored in (False, True)}
-    self._decode = compiled(programs.decode, rows(slots), steps)
+    self.offloaded: Offloaded | None = None
+    if resident_experts is None:
+      self._read = {scored: compiled(programs.read, most, scored) for scored in (False, True)}
+      self._decode = compiled(programs.decode, rows(slots), steps)
+    else:
+      if mesh is not None:
+        raise ValueError("experts are offloaded from one device: wanted no mesh")
+      self.offloaded = Offloaded(config, self._params, resident_experts)
+      self._params = self.offloaded.params
+      self._read = {scored: functools.partial(self.offloaded.read, most, scored) for scored in (False, True)}
+      self._decode = functools.partial(self.offloaded.decode, rows(slots), steps)
 
     self._waiting: collections.deque[_Serving] = collections.deque()
     self._serving: list[_Serving | None] = [None] * slots

@@ -127,6 +127,37 @@ def _scores(out: Output, chunk: Chunk) -> Scores:
   return Scores(log_prob_RL, argmax(logits_RLV) == chunk.next_RL, *(values.reshape(*shape, -1) for values in top))
 
 
+class Inputs(NamedTuple):
+  """What the layers are given besides parameters, the router's state and the cache; as in `Transformer`."""
+
+  token_BL: jax.Array
+  segment_BL: jax.Array
+  budget_B: jax.Array
+  caps: Caps
+  offset: jax.Array
+  row_B: jax.Array | None
+
+
+def inputs_of_chunk(rows: int | None, chunk: Chunk) -> Inputs:
+  """Returns what is computed to read a chunk; `rows`: most expert rows of a layer, None: no bound."""
+  segment_RL = (jnp.arange(chunk.token_RL.shape[1]) < chunk.length_R[:, None]).astype(jnp.int32)
+  caps = Caps(chunk.entry_R.experts, rows)
+  return Inputs(chunk.token_RL, segment_RL, chunk.entry_R.budget, caps, chunk.offset_R, chunk.slot_R)
+
+
+def inputs_of_step(rows: int | None, slots: Slots) -> Inputs:
+  """Returns what is computed to decode a token in each slot that has tokens left."""
+  active_B1 = (slots.left > 0)[:, None].astype(jnp.int32)
+  return Inputs(slots.token[:, None], active_B1, slots.budget, Caps(slots.experts, rows), slots.position, None)
+
+
+def _apply(model: Transformer, params, router_state, cache, inputs: Inputs) -> Output:
+  return model.apply(
+    {"params": params}, inputs.token_BL, inputs.segment_BL, inputs.budget_B, router_state,
+    caps=inputs.caps, cache=cache, offset=inputs.offset, row_B=inputs.row_B,
+  )  # fmt: skip
+
+
 def read(model: Transformer, rows: int | None, scored: bool, params, router_state, cache, slots: Slots, chunk: Chunk):
   """Reads a chunk; sequences whose prompt ends draw their first token.
 
@@ -142,12 +173,13 @@ def read(model: Transformer, rows: int | None, scored: bool, params, router_stat
   Returns:
     cache, slots, and `Made` [R], the experts of the chunk's tokens, mean over layers [R, L], and `Scores` or None.
   """
+  out = _apply(model, params, router_state, cache, inputs_of_chunk(rows, chunk))
+  return out.cache, *after_chunk(model, scored, out, slots, chunk)
+
+
+def after_chunk(model: Transformer, scored: bool, out: Output, slots: Slots, chunk: Chunk):
+  """Returns what `read` does but for the cache, of what the layers gave."""
   num, length = chunk.token_RL.shape
-  segment_RL = (jnp.arange(length) < chunk.length_R[:, None]).astype(jnp.int32)
-  out = model.apply(
-    {"params": params}, chunk.token_RL, segment_RL, chunk.entry_R.budget, router_state,
-    caps=Caps(chunk.entry_R.experts, rows), cache=cache, offset=chunk.offset_R, row_B=chunk.slot_R,
-  )  # fmt: skip
   end_R = jnp.maximum(chunk.length_R - 1, 0)
   logits_RV = _logits(model, out, jnp.arange(num), end_R)
   experts_RL = out.stats.count_T.reshape(-1, num, length).astype(jnp.float32).mean(0)
@@ -157,7 +189,34 @@ def read(model: Transformer, rows: int | None, scored: bool, params, router_stat
   slots = jax.tree.map(lambda old_B, new_R: old_B.at[place_R].set(new_R, mode="drop"), slots, entry_R)
   top = likeliest(logits_RV, jnp.any(chunk.last_R & (chunk.entry_R.top > 0)))
   made = Made(token_R, log_prob_R, experts_RL[jnp.arange(num), end_R], chunk.last_R, *top)
-  return out.cache, slots, (made, experts_RL, _scores(out, chunk) if scored else None)
+  return slots, (made, experts_RL, _scores(out, chunk) if scored else None)
+
+
+def nothing_made(model: Transformer, steps: int, num: int) -> Made:
+  """Returns the record of so many steps of `num` slots, without a token."""
+  shape = steps, num
+  top_shape = (*shape, min(TOP, model.config.data.vocab_size))
+  return Made(
+    *(jnp.zeros(shape, dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32, bool)),
+    *(jnp.zeros(top_shape, dtype) for dtype in (jnp.int32, jnp.float32)),
+  )
+
+
+def only_live(slots: Slots, live_B) -> Slots:
+  """Returns slots in which nothing is left to draw where they are not `live_B`."""
+  return slots._replace(left=jnp.where(live_B, slots.left, 0))
+
+
+def after_step(model: Transformer, out: Output, slots: Slots, made: Made, step) -> tuple[Slots, Made]:
+  """Draws a token in each slot that has tokens left, of what the layers gave, and puts it down as that of `step`."""
+  active_B = slots.left > 0
+  logits_BV = _logits(model, out, jnp.arange(active_B.size), 0)
+  token_B, log_prob_B = sample(logits_BV, slots.drawn, slots.sampling)
+  top = likeliest(logits_BV, jnp.any(active_B & (slots.top > 0)))
+  new = Made(token_B, log_prob_B, out.stats.count_T.astype(jnp.float32).mean(0), active_B, *top)
+  made = jax.tree.map(lambda all_nB, new_B: all_nB.at[step].set(new_B), made, new)
+  moved = _after_drawing(slots._replace(position=slots.position + 1), token_B)
+  return jax.tree.map(functools.partial(jnp.where, active_B), moved, slots), made
 
 
 def decode(model: Transformer, rows: int | None, steps: int, params, router_state, cache, slots: Slots, live_B):
@@ -165,31 +224,15 @@ def decode(model: Transformer, rows: int | None, steps: int, params, router_stat
 
   Other arguments as in `read`.
   """
-  slots = slots._replace(left=jnp.where(live_B, slots.left, 0))
-  shape = (steps, live_B.size)
-  top_shape = (*shape, min(TOP, model.config.data.vocab_size))
-  made = Made(
-    *(jnp.zeros(shape, dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32, bool)),
-    *(jnp.zeros(top_shape, dtype) for dtype in (jnp.int32, jnp.float32)),
-  )
 
   def one(carry):
     step, cache, slots, made = carry
-    active_B = slots.left > 0
-    out = model.apply(
-      {"params": params}, slots.token[:, None], active_B[:, None].astype(jnp.int32), slots.budget, router_state,
-      caps=Caps(slots.experts, rows), cache=cache, offset=slots.position,
-    )  # fmt: skip
-    logits_BV = _logits(model, out, jnp.arange(live_B.size), 0)
-    token_B, log_prob_B = sample(logits_BV, slots.drawn, slots.sampling)
-    top = likeliest(logits_BV, jnp.any(active_B & (slots.top > 0)))
-    new = Made(token_B, log_prob_B, out.stats.count_T.astype(jnp.float32).mean(0), active_B, *top)
-    made = jax.tree.map(lambda all_nB, new_B: all_nB.at[step].set(new_B), made, new)
-    moved = _after_drawing(slots._replace(position=slots.position + 1), token_B)
-    return step + 1, out.cache, jax.tree.map(functools.partial(jnp.where, active_B), moved, slots), made
+    out = _apply(model, params, router_state, cache, inputs_of_step(rows, slots))
+    return step + 1, out.cache, *after_step(model, out, slots, made, step)
 
   def go_on(carry):
     return (carry[0] < steps) & jnp.any(carry[2].left > 0)
 
-  _, cache, slots, made = jax.lax.while_loop(go_on, one, (jnp.int32(0), cache, slots, made))
+  made = nothing_made(model, steps, live_B.size)
+  _, cache, slots, made = jax.lax.while_loop(go_on, one, (jnp.int32(0), cache, only_live(slots, live_B), made))
   return cache, slots, made

@@ -49,6 +49,7 @@ class Block(nn.Module):
 
   Attributes:
     traced: whether the statistics are to have each token's choice of experts.
+    apart: see `MoE`; then the result is (x_BLD before it, `Routed`) in place of x_BLD.
   """
 
   model: ModelConfig
@@ -56,6 +57,7 @@ class Block(nn.Module):
   moe: bool
   mesh: jax.sharding.Mesh | None = None
   traced: bool = False
+  apart: bool = False
 
   @nn.compact
   def __call__(
@@ -88,6 +90,8 @@ class Block(nn.Module):
       greedy_T=None if shared.greedy_B is None else per_token(shared.greedy_B),
       caps=None if shared.caps is None else shared.caps._replace(experts=per_token(shared.caps.experts)),
     )
-    moe = MoE(self.model, self.routing, out_scale, self.mesh, self.traced, name="moe")
+    moe = MoE(self.model, self.routing, out_scale, self.mesh, self.traced, self.apart, name="moe")
     y_TD, stats = moe(normed_BLD.reshape(-1, dim), context)
+    if self.apart:
+      return (x_BLD, y_TD), (stats, cache)
     return x_BLD + y_TD.reshape(x_BLD.shape), (stats, cache)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_lab.config.schema import Config
+from moe_lab.config.schema import Config, ModelConfig
 from moe_lab.nn.attention import LayerCache
 from moe_lab.nn.block import Block, LayerInputs, SharedInputs
 from moe_lab.nn.layers import RMSNorm, scaled_normal
@@ -41,6 +41,13 @@ class Output(NamedTuple):
 def head(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
   """Returns float32 logits [..., V] of hidden states [..., D]."""
   return jnp.einsum("...D,VD->...V", hidden, head_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def embed(embedding_VD: jax.Array, token_BL: jax.Array, config: ModelConfig) -> jax.Array:
+  """Returns the layers' input x_BLD, in the activations' type."""
+  # The embedding is the head too, where variance 1/D is right; as input it wants variance 1.
+  scale = config.dim**0.5 if config.scale_embeddings else 1.0
+  return (embedding_VD[token_BL] * scale).astype(config.dtype)
 
 
 class Transformer(nn.Module):
@@ -95,9 +102,7 @@ class Transformer(nn.Module):
     embedding_VD = self.param(
       "embedding_VD", scaled_normal(config.dim**-0.5), (self.config.data.vocab_size, config.dim), jnp.float32
     )
-    # The embedding is the head too, where variance 1/D is right; as input it wants variance 1.
-    scale = config.dim**0.5 if config.scale_embeddings else 1.0
-    x_BLD = spread((embedding_VD[token_BL] * scale).astype(config.dtype), self.mesh)
+    x_BLD = spread(embed(embedding_VD, token_BL, config), self.mesh)
     offset, embedding_BLD = jnp.asarray(offset, jnp.int32), jax.lax.stop_gradient(x_BLD)
     shared = SharedInputs(segment_BL, offset, budget_B, embedding_BLD, greedy_B, caps, row_B)
 

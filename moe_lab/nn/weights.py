@@ -10,6 +10,7 @@ The form is a matter of the parameters' names alone, so that one model reads the
 """
 
 import math
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -49,6 +50,15 @@ def grouped_axis(name: str) -> int:
   """Returns the dimension along which a weight's codes share scales, counted from the end: the last contracted one."""
   letters = name.rpartition("_")[2]
   return letters.index(CONTRACTED[letters][-1]) - len(letters)
+
+
+def stored_in(params: Mapping[str, jax.Array], name: str, size: int) -> jax.Array | Quantised:
+  """Returns a weight in the form that a module's parameters have it, without an adapter; `size`: what it contracts."""
+  book = next((book for book in BOOKS if part_name(name, book) in params), None)
+  if book is None:
+    return params[name]
+  codes, scale = (params[part_name(name, part)] for part in (book, "scale"))
+  return Quantised(codes, scale, book, size, grouped_axis(name))
 
 
 class Weight:

@@ -2,7 +2,8 @@
 
 Everything but the experts stays: every token needs it. Of the experts as many stay as still fit, the most loaded ones,
 and the rest lies in host memory, from where an expert is moved whenever a token takes it (arXiv 2312.17238). Nothing
-is allocated: sizes are those of abstract arrays. It is a plan, not a measurement: the engine moves no experts yet.
+is allocated: sizes are those of abstract arrays. It is a plan, not a measurement; `infer/offload.py` decodes so, with
+those resident that were used last, and moves what `lru_misses` counts.
 
 What a decoding token moves is reckoned without reuse: a missed expert is not kept for the next token, so the resident
 ones stay who they are. With an even load that is n missed of N experts times the budget, and no cache does better on
@@ -25,6 +26,7 @@ from moe_lab.config.schema import Config
 from moe_lab.errors import ConfigError, UserError
 from moe_lab.infer.cache import cache_bytes
 from moe_lab.infer.placement import served
+from moe_lab.infer.residents import in_order_of_use
 from moe_lab.nn.weights import FAMILY
 from moe_lab.train.state import abstract_state
 
@@ -201,28 +203,34 @@ def _most_loaded(taken_ZE: np.ndarray, number: int) -> np.ndarray:
   return resident.reshape(taken_ZE.shape)
 
 
-def lru_misses(expert_ZTK: np.ndarray, valid_ZTK: np.ndarray, capacity: int | Sequence[int]) -> np.ndarray:
+def lru_misses(
+  expert_ZTK: np.ndarray, valid_ZTK: np.ndarray, capacity: int | Sequence[int], step_T: np.ndarray | None = None
+) -> np.ndarray:
   """Counts what a cache of the least recently used experts in each layer would have to fetch (arXiv 2312.17238).
 
-  A token finds what was in the cache when it came; all that it took, its best expert last, then counts as just used.
-  Caches start empty.
+  A step finds what was in the cache when it came; all that its tokens took, one after the other and each one's best
+  expert last, then counts as just used. Caches start empty.
 
   Args:
     expert_ZTK: ids in the order of decoding, a token's best first (`routing.base.Choice`).
     valid_ZTK: bool, slots in use.
     capacity: experts that a layer's cache holds: of all layers, or [Z].
+    step_T: the number of each token's step, ascending: tokens that are computed together share what is fetched. None:
+      each is a step of its own.
 
   Returns:
-    misses [Z], int64; `valid_ZTK.sum((1, 2))` less these are the hits.
+    misses [Z], int64; where every token is a step, `valid_ZTK.sum((1, 2))` less these are the hits.
   """
   expert_ZTK, valid_ZTK = np.asarray(expert_ZTK), np.asarray(valid_ZTK)
   misses_Z = np.zeros(len(expert_ZTK), np.int64)
+  length = expert_ZTK.shape[1]
+  steps = np.split(np.arange(length), np.nonzero(np.diff(np.arange(length) if step_T is None else step_T))[0] + 1)
   for z, size in enumerate(np.broadcast_to(capacity, misses_Z.shape)):
     held: OrderedDict[int, None] = OrderedDict()
-    for expert_K, valid_K in zip(expert_ZTK[z], valid_ZTK[z], strict=True):
-      taken = expert_K[valid_K].tolist()
+    for step in steps:
+      taken = in_order_of_use(expert_ZTK[z, step], valid_ZTK[z, step])
       misses_Z[z] += sum(expert not in held for expert in taken)
-      for expert in reversed(taken):
+      for expert in taken:
         held[expert] = None
         held.move_to_end(expert)
       while len(held) > size:

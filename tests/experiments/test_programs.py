@@ -160,6 +160,8 @@ TEXT = ("--config.data.sources=text:text", "--workdir=new")
     ("serve", ("--workdir=run", "--slot=2"), ("slot", "slots")),
     ("serve", ("--workdir=run", "--port=0", "--budget=3"), ("--budget=3", "wanted 2")),
     ("serve", ("--workdir=run", "--host=0.0.0.0"), ("--host=0.0.0.0", "MOE_LAB_API_KEY", "--without_key")),
+    ("generate", ("--workdir=run", "--resident_experts=5"), ("resident_experts=5", "from 0 to 4")),
+    ("generate", ("--workdir=run", "--resident_experts=-1"), ("--resident_experts=-1",)),
     ("report", ("--workdir=nowhere",), ("nowhere",)),
     ("benchmark", (), ("benchmark", "train_step", "decode")),
     ("benchmark", ("train_stp",), ("train_stp", "did you mean 'train_step'")),

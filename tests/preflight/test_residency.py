@@ -151,6 +151,21 @@ def test_a_token_that_takes_several():
   assert lru_misses(two[0], np.concatenate([valid_ZTK, valid_ZTK]), [2, 1]).tolist() == [4, 6]
 
 
+def test_tokens_of_a_step_share_what_they_fetch():
+  # Steps {2, 1}, {2, 3}; {0, 1}; {1, 2}: the first misses 1, 2 and 3 and leaves 3 and 2, its last token's, of which 2
+  # is the last used; the second misses 0 and 1; the third finds 1 and misses 2.
+  expert_ZTK = np.array([[[2, 1], [2, 3], [0, 1], [1, 2]]])
+  valid_ZTK = np.ones((1, 4, 2), bool)
+  steps = np.array([0, 0, 1, 2])
+  assert lru_misses(expert_ZTK, valid_ZTK, 2, steps).tolist() == [3 + 2 + 1]
+  assert lru_misses(expert_ZTK, valid_ZTK, 4, steps).tolist() == [4]
+  assert lru_misses(expert_ZTK, valid_ZTK, 0, steps).tolist() == [3 + 2 + 2]
+  assert lru_misses(expert_ZTK, valid_ZTK, 2, np.zeros(4)).tolist() == [4]
+  np.testing.assert_array_equal(
+    lru_misses(expert_ZTK, valid_ZTK, 2, np.arange(4)), lru_misses(expert_ZTK, valid_ZTK, 2)
+  )
+
+
 def test_all_tokens_on_one_expert():
   load_ZE = np.zeros((2, 4))
   load_ZE[0, 3] = load_ZE[1, 1] = 7

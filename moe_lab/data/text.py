@@ -127,7 +127,7 @@ class TextData:
     rows = ConcatThenSplitIterDataset(documents, length_struct={"tokens": self.config.seq_len + 1})
     # A document fills many rows; unmixed, a batch would be all but one document, and its gradient so much noise.
     window = max(1, min(_SHUFFLED_ROWS, _SHUFFLED_TOKENS // self.config.seq_len))
-    rows = WindowShuffleIterDataset(rows, window_size=window, seed=self.config.seed)
+    rows = WindowShuffleIterDataset(rows, window_size=window, seed=self.config.seed % 2**32)
     return Loader(rows.map(self._row), batch_size, self._identity())
 
   def eval_batches(self, split: str, batch_size: int, max_batches: int | None = None) -> Iterator[Batch]:

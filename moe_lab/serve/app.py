@@ -143,7 +143,7 @@ def _errors(*statuses: int) -> dict:
 
 def _responses(model: type, *statuses: int, stream: bool = False) -> dict:
   """Returns what a place answers, for the schema."""
-  content = {"content": {"text/event-stream": {"schema": {"type": "string"}}}} if stream else {}
+  content = {"content": {"text/event-stream": {}}} if stream else {}
   return {200: {"model": model, **content}} | _errors(*statuses)
 
 

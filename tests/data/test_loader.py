@@ -1,5 +1,6 @@
 """The loader on text: what is in a batch, how sources mix, and resuming at any batch."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -225,3 +226,9 @@ def test_rows_are_shuffled_in_a_window_and_none_is_lost(data, monkeypatch):
   assert shuffled != packed
   monkeypatch.setattr(text, "_SHUFFLED_ROWS", 128)
   assert sorted(rows(512)) == sorted(packed)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**63 - 1])
+def test_any_seed_shuffles(config, data, root, seed):
+  batch = next(open_data(dataclasses.replace(config, seed=seed), root).train_loader(4))
+  assert not np.array_equal(batch.tokens, next(data.train_loader(4)).tokens)

@@ -1,5 +1,7 @@
 """Made-up records of a routing study's runs, as `measure` gives them."""
 
+from experiments.routing_study import analyses, arms
+
 
 def result(loss, mean_experts, flops, **more):
   return {
@@ -68,3 +70,21 @@ def study_runs():
       )
   notes = {"role": "control", "family": "random", "budget": "2"}
   return [*runs, run("books", "random-2", 2, 0, notes=notes, failed="3 updates <in a row>")]
+
+
+def analysed(runs):
+  """Returns what the study puts together of runs, for its page."""
+  groups = arms.arms_of(runs)
+  return {
+    "sweep": "sweep.py",
+    "split": "validation",
+    "command": "python -m <study>",
+    "arms": arms.rows(groups),
+    "comparisons": arms.comparisons(groups),
+    "conditioned": arms.conditioned(groups),
+    "experts_needed": analyses.experts_needed(groups, 8),
+    "removals": analyses.removals(groups),
+    "against_dense": analyses.against_dense(groups),
+    "scaling": analyses.scaling_fits(groups),
+    "runs": runs,
+  }

@@ -10,32 +10,18 @@ import time
 
 import pytest
 
-from experiments.routing_study import analyses, arms, results, runner
+from experiments.routing_study import arms, results, runner
 from moe_lab.config.sweep import load_sweep
 from moe_lab.launch import local
 from moe_lab.report.study_page import study_page
-from tests.experiments.study_records import study_runs
+from tests.experiments.study_records import analysed, study_runs
 from tests.experiments.test_programs import ROOT
 from tests.report.test_run_page import Reader
 
 
 @pytest.fixture(scope="module")
 def study():
-  runs = study_runs()
-  groups = arms.arms_of(runs)
-  return {
-    "sweep": "sweep.py",
-    "split": "validation",
-    "command": "python -m <study>",
-    "arms": arms.rows(groups),
-    "comparisons": arms.comparisons(groups),
-    "conditioned": arms.conditioned(groups),
-    "experts_needed": analyses.experts_needed(groups, 8),
-    "removals": analyses.removals(groups),
-    "against_dense": analyses.against_dense(groups),
-    "scaling": analyses.scaling_fits(groups),
-    "runs": runs,
-  }
+  return analysed(study_runs())
 
 
 def test_an_arm_is_its_seeds(study):

@@ -2,12 +2,14 @@
 
 import json
 
+import jax.numpy as jnp
 import pytest
 from hypothesis import strategies as st
 
 from moe_lab.config.resolve import to_json
 from moe_lab.config.schema import Config
 from moe_lab.errors import UserError
+from moe_lab.io.checkpoint import Checkpointer
 from moe_lab.io.lock import RunLock
 from moe_lab.io.run import load_run, open_run
 from moe_lab.io.writers import MetricsWriter, read_metrics
@@ -81,6 +83,28 @@ def test_locks(tmp_path, count):
       assert not path.exists()
 
   each(mutated([valid]) | shaped, count, check)
+
+
+@examples(20, 1000)
+def test_the_json_side_of_a_checkpoint(tmp_path, count):
+  state, meta = {"a": jnp.arange(4.0)}, {"loader": {"position": [1, None, "x"]}, "spent": {"flops": 1.5}}
+  with Checkpointer(tmp_path, keep=1) as saver:
+    saver.save(1, state, meta)
+  files = [path for path in (tmp_path / "checkpoints" / "1" / "meta").rglob("*") if path.is_file()]
+  path = next(path for path in files if b"position" in path.read_bytes())
+  valid = path.read_bytes()
+  keys = st.sampled_from(sorted(json.loads(valid)))
+  shaped = st.builds(lambda key, value: json.dumps(json.loads(valid) | {key: value}).encode(), keys, VALUES)
+  deep = st.integers(1, 5000).map(lambda n: b"[" * n + b"]" * n)
+
+  def check(data):
+    path.write_bytes(data)
+    with answered("the checkpoint"), Checkpointer(tmp_path, keep=None) as reader:
+      got, told, step = reader.restore(state)
+      assert told == meta and step == 1 and got["a"].tolist() == [0, 1, 2, 3]
+
+  check(valid)
+  each(mutated([valid]) | shaped | deep | VALUES.map(lambda value: json.dumps(value).encode()), count, check)
 
 
 def test_the_untouched_files_are_as_written(workdir):

@@ -13,6 +13,7 @@ from moe_lab.interop.own.export import MODEL_TYPE
 from moe_lab.io.record import code
 from moe_lab.io.run import load_run
 from moe_lab.io.writers import read_metrics
+from moe_lab.strict_json import parse
 from moe_lab.train.state import parameter_counts
 
 NAME = "README.md"
@@ -127,7 +128,9 @@ def _routing(config: Config, export: Export) -> str:
     low, high = routing.budgets
     text += "." if low == high else f"; any from {low:g} to {high:g} can be asked for."
   flops = forward_flops_per_token(config, export.budget, config.data.seq_len / 2)["total"]
-  return f"{text}\n\nFLOPs of a forward pass, per token, counted from the shapes at half of that context: {flops:.4g}."
+  return (
+    f"{text}\n\nFLOPs of a forward pass, per token, counted from the shapes at half of the context above: {flops:.4g}."
+  )
 
 
 def _data(sources: Sequence[Mapping], licence: str | None) -> str:
@@ -149,6 +152,8 @@ def _data(sources: Sequence[Mapping], licence: str | None) -> str:
       ]
   head = ("source", "documents", "files", "bytes", "licences", "SHA-256 of the files' own, one a line")
   text = _table(head, rows) + "\n"
+  if left_out := sum(source.get("skipped", 0) for source in sources):
+    text += f"\nLeft out, since they could not be read: {left_out:,} files, lines or records.\n"
   if files:
     text += "\n" + _table(("file", "bytes", "licence", "SHA-256"), files) + "\n"
   if licence:
@@ -220,7 +225,8 @@ def _suite(suite: Mapping) -> str:
 def _limits(config: Config, info: Mapping, export: Export) -> str:
   lines = [
     "moe_lab has no test of toxicity, bias, private data or memorised text: this model was not tested for any of them.",
-    "The figures above are all there are. They are of the run itself, in JAX: this export was not evaluated again.",
+    "The figures above are all that the run has on record. They are of the run itself, in JAX: this export was not "
+    "evaluated again.",
     "A held-out loss is of documents from the training data's own sources, in this tokenizer's tokens: it says nothing "
     "of other text, and is not to be compared with that of another tokenizer.",
   ]
@@ -228,7 +234,7 @@ def _limits(config: Config, info: Mapping, export: Export) -> str:
   if sources and not any(source.startswith("chat:") for source in sources):
     lines.append("This run's data have no conversations: it did not teach the model to follow instructions.")
   if not info.get("imported"):
-    lines.append(f"It was trained on sequences of {config.data.seq_len:,} tokens; longer ones are untried here.")
+    lines.append(f"It was trained on sequences of {config.data.seq_len:,} tokens, and on no longer ones.")
   if config.routing.learns_counts:
     lines.append("What a token costs varies with the number of its experts; the budget is an average, not a bound.")
   return "\n".join(f"- {line}" for line in lines)
@@ -290,7 +296,7 @@ def _cell(value: object) -> str:
 
 def _read(path: Path) -> dict:
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = parse(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     return {}
   except (OSError, ValueError) as error:

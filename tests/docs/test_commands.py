@@ -98,6 +98,16 @@ def test_a_command_that_is_wrong_would_be_found(place, monkeypatch):
       parsed(command_of(line))
 
 
+def test_the_table_of_programs_has_all_of_their_flags():
+  rows = re.findall(r"^\| `([\w.]+)` \|.*\|([^|]*)\|$", (ROOT / "README.md").read_text(), re.M)
+  table = {name: set(re.findall(r"`--(\w+)`", flags)) - {"config", "workdir"} for name, flags in rows}
+  programs = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"__init__", "sweep_run"}
+  studies = {f"{path.parent.name}.study" for path in (ROOT / "experiments").glob("*/study.py")}
+  assert programs | studies <= table.keys()
+  for name in programs | studies:
+    assert table[name] == set(getattr(fresh(name), "FLAGS", ())), name
+
+
 # Lines that are not of our programs, by how they begin, and why they are not run.
 OTHERS = {
   "make ": "checked below",

@@ -109,9 +109,10 @@ def test_what_the_run_knows_is_told(run):
   (run / "evaluation.json").write_text(json.dumps(final | {"result": {"steps": 5}}))
   assert "by step 5, which is not the step of this export (1)" in exported(run, "other")
   unknown = [*FILES[:1], FILES[1] | {"license": None}]
-  note(run, data=[{"source": "text:books", "documents": 7, "splits": {}, "files": unknown}])
+  note(run, data=[{"source": "text:books", "documents": 7, "splits": {}, "files": unknown, "skipped": 3}])
   card = exported(run, "unlicensed")
   assert "license" not in hub.ModelCard(card).data.to_dict() and "PSF-2.0, unknown" in card
+  assert "could not be read: 3 files" in card
 
 
 def test_the_card_of_an_imported_checkpoint_stays_and_ours_is_beside_it(run):

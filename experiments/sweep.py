@@ -19,7 +19,7 @@ from absl import flags
 
 from moe_lab.config import program
 from moe_lab.config.sweep import Sweep, load_sweep
-from moe_lab.errors import RunError, UserError
+from moe_lab.errors import RunError, UserError, visible
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("sweep", None, "A sweep file, FILE.py[:arg].", flag_values=FLAGS)
@@ -138,7 +138,7 @@ def _trained(sweep: Sweep, configs: dict, workdir: Path) -> dict:
           failed[name] = outcome["failed"]
         _save(sweep, workdir, failed)
         page = write_sweep_report(workdir)
-        print(f"[{number}/{len(jobs)}] {name}: {outcome['failed'] or 'finished'}", file=sys.stderr, flush=True)
+        print(f"[{number}/{len(jobs)}] {name}: {visible(outcome['failed'] or 'finished')}", file=sys.stderr, flush=True)
   finally:
     lock.release()
   compared = read_sweep(workdir)

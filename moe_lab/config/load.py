@@ -1,5 +1,6 @@
 """A config file (`FILE.py` or `FILE.py:arg`) to its ConfigDict; whatever is wrong with the file is one line."""
 
+import os
 import re
 import traceback
 from pathlib import Path
@@ -59,7 +60,7 @@ def call(spec: str, *, flag: str, function: str, folder: str) -> object:
   """
   name, colon, arg = spec.partition(":")
   path = Path(name).expanduser()
-  if path.suffix != ".py" or not path.is_file():
+  if path.suffix != ".py" or not os.path.isfile(path):  # False also for a name that no file can have
     kind = "a config file" if flag == "config" else f"a {flag} file"
     raise UserError(f"--{flag}={spec}: wanted {kind} FILE.py or FILE.py:arg{_nearest_file(path, Path(folder))}")
   try:
@@ -83,7 +84,7 @@ def _execute(path: Path) -> ModuleType:
 
 
 def _nearest_file(path: Path, usual: Path) -> str:
-  folder = path.parent if path.parent.is_dir() else usual
+  folder = path.parent if os.path.isdir(path.parent) else usual
   return did_you_mean(str(path), [str(file) for file in sorted(folder.glob("*.py"))])
 
 

@@ -6,6 +6,8 @@ with the ids that begin and end a document, so that it can be used alone.
 
 import hashlib
 import json
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from moe_lab.errors import UserError
 from moe_lab.interop.extra import need
 from moe_lab.strict_json import parse
 
+_PROBE = "def f(x):\n\treturn x  # \u00e9 \u4e2d \U0001f600 <s> 123"  # a broken one may fail at its first text only
 _LEAST_SHARE = 0.9  # of a model's ids that its tokenizer has: vocabularies are rounded up, but not by more
 
 
@@ -27,7 +30,7 @@ def with_ends(text: str, begin: str | int | None, end: str | int | None) -> byte
   Raises:
     ValueError: it is not such a file, or does not know these tokens.
   """
-  library = need("tokenizers").Tokenizer.from_str(text)
+  library = _called(need("tokenizers").Tokenizer.from_str, text)
   ids = {}
   for name, token in (("bos", end if begin is None else begin), ("eos", end)):
     ids[name] = library.token_to_id(token) if isinstance(token, str) else token
@@ -61,16 +64,14 @@ class ImportedTokenizer(Tokenizer):
     ):
       raise ValueError("it does not say which ids begin and end a document: wanted the one that convert makes of it")
     library = need("tokenizers").Tokenizer
-    try:
-      self._library = library.from_str(json.dumps(content))
-    except Exception as error:  # the library has no type of its own
-      raise ValueError(str(error)) from None
+    self._library = _called(library.from_str, json.dumps(content))
     self._library.encode_special_tokens = True  # in a text they are text
     self._library.no_truncation()
     self._library.no_padding()
     self.bos_id, self.eos_id = ends["bos"], ends["eos"]
     self.pad_id = self.eos_id
-    self.begins_texts = self._library.encode("a").ids[:1] == [self.bos_id]
+    self.begins_texts = _called(self._library.encode, "a").ids[:1] == [self.bos_id]
+    _called(self._library.encode, _PROBE)
     pieces = {token: piece for piece, token in self._library.get_vocab(with_added_tokens=True).items()}
     most = max(pieces, default=0) + 1
     if most > vocab_size or max(self.bos_id, self.eos_id) >= vocab_size or len(pieces) < _LEAST_SHARE * vocab_size:
@@ -96,7 +97,10 @@ class ImportedTokenizer(Tokenizer):
         self._bytes.append(piece.replace(SPACE, " ").encode())
 
   def encode(self, text: str) -> np.ndarray:
-    return np.asarray(self._library.encode(text, add_special_tokens=False).ids, np.int32)
+    try:
+      return np.asarray(_called(self._library.encode, text, add_special_tokens=False).ids, np.int32)
+    except ValueError as error:
+      raise UserError(f"the tokenizer cannot read a text: {error}") from None
 
   def piece_texts(self) -> list[str]:
     return [
@@ -109,6 +113,17 @@ class ImportedTokenizer(Tokenizer):
       return class_of_text(self._bytes[token].decode())
     except UnicodeDecodeError:
       return "byte"
+
+
+def _called(function: Callable, *args, **settings) -> Any:
+  """Returns what a function of the library returns; whatever is wrong is a ValueError."""
+  try:
+    return function(*args, **settings)
+  except BaseException as error:
+    # It has no type of its own, and a panic of its Rust code is not even an Exception.
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
+    raise ValueError(str(error)) from None
 
 
 def _is_byte(piece: str) -> bool:

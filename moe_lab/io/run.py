@@ -9,6 +9,7 @@ imported/      the files that came with a checkpoint of somebody else's
 
 import dataclasses
 import datetime
+import os
 import shlex
 from pathlib import Path
 
@@ -145,7 +146,7 @@ def load_run(workdir: Path) -> tuple[Config, dict]:
     UserError: there is no run there, or its files cannot be read.
   """
   workdir = Path(workdir)
-  if not (workdir / "config.json").is_file():
+  if not os.path.isfile(workdir / "config.json"):  # False also for a name that no folder can have
     raise UserError(f"no run in {workdir}{_nearest_run(workdir)}")
   paths = workdir / "config.json", workdir / "run.json"
   try:
@@ -219,7 +220,7 @@ def _check_same(workdir: Path, old: Config, new: Config, info: dict, fingerprint
 
 def _nearest_run(workdir: Path) -> str:
   """Returns what to suggest instead of `workdir`: a run inside it, or one beside it with a similar name."""
-  if not workdir.exists() and not workdir.parent.is_dir():
+  if not os.path.exists(workdir) and not os.path.isdir(workdir.parent):
     return ": no such directory"
   inside = _runs_in(workdir)
   if inside:
@@ -231,7 +232,7 @@ def _nearest_run(workdir: Path) -> str:
 def _runs_in(folder: Path) -> list[str]:
   try:
     return sorted(p.name for p in folder.iterdir() if (p / "config.json").is_file() and (p / "run.json").is_file())
-  except OSError:
+  except (OSError, ValueError):  # the second of a name that no folder can have
     return []
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_lab.config.sweep import FOLDER
-from moe_lab.errors import UserError
+from moe_lab.errors import UserError, visible
 from moe_lab.io.writers import read_metrics
 from moe_lab.report.numbers import aligned, is_number, number, plus_minus, scaled
 from moe_lab.report.suites import read_suites
@@ -135,7 +135,7 @@ def sweep_text(sweep: Mapping) -> str:
   parts = [_text(*run_table(runs))]
   if SEED in axes_of(runs) and (groups := groups_of(runs)):
     parts.append("mean ± standard deviation over seeds, best first\n" + _text(*group_table(best_first(groups))))
-  return "\n\n".join(parts)
+  return visible("\n\n".join(parts))  # labels come from a file
 
 
 def _text(head: list[str], rows: list[list[str]]) -> str:

@@ -9,6 +9,7 @@ pytest.importorskip("tokenizers")
 
 import tokenizers
 
+from moe_lab.data import imported_tokenizer
 from moe_lab.data.imported_tokenizer import ImportedTokenizer, with_ends
 from moe_lab.data.tokenizer import load_tokenizer
 from moe_lab.errors import ConfigError, UserError
@@ -105,3 +106,16 @@ def test_whether_texts_begin_is_as_its_own_file_says(original, tokenizer):
   )
   begun = ImportedTokenizer(with_ends(library.to_str(), "<|begin|>", "<|end|>"), tokenizer.vocab_size)
   assert begun.begins_texts and begun.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+
+
+def test_a_panic_of_the_library_is_a_mistake_of_the_file():
+  class PanicException(BaseException):
+    """As pyo3 has it: no Exception."""
+
+  def raises(error):
+    raise error
+
+  with pytest.raises(ValueError, match="index out of bounds"):
+    imported_tokenizer._called(raises, PanicException("index out of bounds"))
+  with pytest.raises(KeyboardInterrupt):
+    imported_tokenizer._called(raises, KeyboardInterrupt())

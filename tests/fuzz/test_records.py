@@ -1,11 +1,13 @@
 """Mutated files of a run: one line, or what was written."""
 
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 from hypothesis import strategies as st
 
+from moe_lab.config.load import load
 from moe_lab.config.resolve import to_json
 from moe_lab.config.schema import Config
 from moe_lab.errors import UserError
@@ -105,6 +107,17 @@ def test_the_json_side_of_a_checkpoint(tmp_path, count):
 
   check(valid)
   each(mutated([valid]) | shaped | deep | VALUES.map(lambda value: json.dumps(value).encode()), count, check)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "a/" * 3000])
+def test_names_that_no_folder_can_have(name):
+  with answered("no run in"):
+    load_run(Path(name))
+    raise AssertionError("it was found")
+  for spec in (f"{name}.py", f"{name}.py:arg"):
+    with answered("--config="):
+      load(spec)
+      raise AssertionError("it was found")
 
 
 def test_the_untouched_files_are_as_written(workdir):

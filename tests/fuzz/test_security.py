@@ -23,6 +23,7 @@ from moe_lab.report.run_page import write_report
 from moe_lab.report.study_page import study_page
 from moe_lab.report.suite_page import suite_page, write_suite
 from moe_lab.report.sweep_page import write_sweep_report
+from moe_lab.report.sweep_runs import read_sweep, sweep_text
 from moe_lab.train.adapter import read_adapter
 from tests.experiments.study_records import analysed, study_runs
 from tests.fuzz.fuzzing import answered
@@ -304,6 +305,16 @@ def test_what_an_error_repeats(tmp_path, capsys):
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and visible(line) == line
   assert visible("tab\tline\né\U0001f600") == "tab\tline\né\U0001f600"
+
+
+@pytest.mark.fault("security: no escape sequence reaches a terminal")
+def test_the_table_of_a_sweep(tmp_path):
+  workdir = write_sweep(tmp_path / "w", {})
+  sweep = json.loads((workdir / "sweep.json").read_text())
+  sweep["runs"][0]["labels"]["arm"] = ESCAPES
+  (workdir / "sweep.json").write_text(json.dumps(sweep))
+  text = sweep_text(read_sweep(workdir))
+  assert "over" in text and visible(text) == text
 
 
 @pytest.mark.fault("security: JSON that every reader takes")

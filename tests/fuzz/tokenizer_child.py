@@ -28,7 +28,10 @@ def outcome(kind: str, data: bytes, vocab_size: int) -> str:
 def main() -> None:
   for line in sys.stdin:
     kind, text, vocab_size = json.loads(line)
-    print(outcome(kind, bytes.fromhex(text), vocab_size), flush=True)
+    try:
+      print(outcome(kind, bytes.fromhex(text), vocab_size), flush=True)
+    except UserError:  # of a text that it cannot read
+      print("refused", flush=True)
 
 
 if __name__ == "__main__":

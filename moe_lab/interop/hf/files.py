@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class Safetensors:
     self.files, self._file_of, self._dtype_of = [], {}, {}
     listed = _listed(folder)
     for path in [folder / name for name in sorted(set(listed.values()))] or [_whole(folder)]:
-      if not path.is_file():
+      if not os.path.isfile(path):  # False also for a name that no file can have
         raise UserError(f"{path}: no such shard, but {INDEX} lists it")
       try:
         file = safetensors.safe_open(path, framework="numpy")

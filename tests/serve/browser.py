@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -93,10 +94,17 @@ class Browser:
     path.write_bytes(base64.b64decode(data))
 
 
+def _above(descriptor: int) -> int:
+  """Returns another number for a descriptor, out of the way of 3 and 4."""
+  other = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)
+  os.close(descriptor)
+  return other
+
+
 @contextlib.contextmanager
 def browser():
   """Yields a fresh browser."""
-  (theirs_in, to), (back, theirs_out) = os.pipe(), os.pipe()
+  (theirs_in, to), (back, theirs_out) = (map(_above, os.pipe()) for _ in range(2))
   with tempfile.TemporaryDirectory() as profile:
     # The protocol's pipe has the descriptors 3 and 4.
     script = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out} {theirs_in}<&- {theirs_out}>&-'

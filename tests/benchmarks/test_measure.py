@@ -28,6 +28,7 @@ def result(name="moe_lab", experts=2.0, seconds=0.5, per_second=100.0, case="a",
   return Result(name, case, side, rival, "token", seconds, 0.4, 0.6, per_second, 1e9, 2**20, 1.0, numbers)
 
 
+@pytest.mark.slow
 def test_contenders_take_turns():
   contenders = [Contender("ours", "train_step", dataclasses.replace(SMALL, method=m)) for m in ("topk", "dynamic")]
   notes = []
@@ -70,6 +71,7 @@ def test_the_mix_of_prompts_is_measured_once_a_shape(preset):
   assert all(case.config().routing.slots == (case.k if case.method == "topk" else 8) for case in found)
 
 
+@pytest.mark.slow
 def test_more_rows_than_any_share_foresees_are_all_computed():
   case = dataclasses.replace(SMALL, method="overflow", num_experts=8)
   [measured], _ = measure([Contender("ours", "moe_layer", case)], 1, "cpu", str)

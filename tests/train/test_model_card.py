@@ -147,6 +147,7 @@ def test_loading_is_done_as_the_card_says(run):
   assert said and "Once" in said[0]
 
 
+@pytest.mark.slow
 def test_parameters_of_a_dense_model(tmp_path):
   config = Config(
     ModelConfig(dim=8, num_layers=2, num_dense_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, dense_dim=12),

@@ -251,7 +251,7 @@ class _Training:
     self.progress.update(
       step, loss=record["loss"], mean_experts=record["mean_experts"], budget=budget, tokens_per_second=speed
     )
-    for found in self.skipped.look():
+    for found in self.skipped.look(record["skipped"]):
       self.writer.write(self._position("skipped", found["step"]) | {"batch": found["batch"]})
       where = f"; its batch is in {found['batch']}" if found["batch"] else ""
       self.progress.note(f"step {found['step']}: update skipped, gradient not finite or a spike{where}")

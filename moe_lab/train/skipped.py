@@ -23,12 +23,17 @@ class SkippedBatches:
     """Takes in a step, its batch, and whether it was skipped, as the device will say."""
     self._since.append((step, batch, skipped))
 
-  def look(self) -> list[dict]:
-    """Returns {step, batch: file or None} for each that was skipped since the last look. Waits for the device.
+  def look(self, number: int) -> list[dict]:
+    """Returns {step, batch: file or None} for each that was skipped since the last look.
 
     A file is numpy's, without pickles: tokens, segments, as in `Batch`.
+
+    Args:
+      number: of them, which the summed metrics tell; the device is asked about each step only if there are any.
     """
     since, self._since = self._since, []
+    if not number:
+      return []
     return [{"step": step, "batch": self._kept(step, batch)} for step, batch, skipped in since if float(skipped) > 0]
 
   def _kept(self, step: int, batch: Batch) -> str | None:
@@ -38,5 +43,5 @@ class SkippedBatches:
     if len(list(self._folder.iterdir())) >= MOST:
       return None
     name = f"{FOLDER}/{step}.npz"
-    np.savez(self._folder / f"{step}.npz", tokens=batch.tokens, segments=batch.segments)
+    np.savez(self._folder.parent / name, tokens=batch.tokens, segments=batch.segments)
     return name

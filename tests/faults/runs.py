@@ -82,6 +82,13 @@ class Launch:
       self.process.kill()
 
 
+def calm_run(workdir: Path, *arguments: str) -> Path:
+  """Trains a run that nothing happens to, and returns its directory."""
+  launch = Launch(workdir, *arguments)
+  assert launch.end() == 0, launch.stderr
+  return workdir
+
+
 def config_of(workdir: Path) -> Config:
   return load_run(workdir)[0]
 

@@ -7,18 +7,14 @@ import subprocess
 import pytest
 
 from moe_lab.io.checkpoint import saved_steps
-from tests.faults.runs import Launch, assert_same_end
+from tests.faults.runs import Launch, assert_same_end, calm_run
 
 STEPS = "--config.train.steps=300"
 
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
-  """A run that nothing happened to."""
-  workdir = tmp_path_factory.mktemp("disks") / "calm"
-  launch = Launch(workdir, STEPS)
-  assert launch.end() == 0, launch.stderr
-  return workdir
+  return calm_run(tmp_path_factory.mktemp("disks") / "calm", STEPS)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_lab.io.writers import read_metrics
-from tests.faults.runs import Launch, assert_same_end
+from tests.faults.runs import Launch, assert_same_end, calm_run
 
 STEPS = "--config.train.steps=1500"
 KILLS = 20
@@ -16,11 +16,7 @@ KILLS = 20
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
-  """A run that nothing happened to."""
-  workdir = tmp_path_factory.mktemp("faults") / "calm"
-  launch = Launch(workdir, STEPS)
-  assert launch.end() == 0, launch.stderr
-  return workdir
+  return calm_run(tmp_path_factory.mktemp("faults") / "calm", STEPS)
 
 
 def reached(workdir) -> int:

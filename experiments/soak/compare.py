@@ -50,7 +50,7 @@ def different_states(state: object, calm: object) -> list[str]:
 
 
 def different_ends(workdir: Path, calm: Path) -> list[str]:
-  """Returns in words where the last checkpoints of two runs differ: parameters, optimizer, routers, place in the data."""
+  """Returns in words where the last checkpoints of two runs differ, in the state or in what goes with it."""
   (state, meta, step), (wanted, wanted_meta, wanted_step) = _last_state(workdir), _last_state(calm)
   if step != wanted_step:
     return [f"the end: step {step}, and {wanted_step} of the calm run"]

@@ -17,13 +17,17 @@ from moe_lab.errors import RunError
 from moe_lab.io.checkpoint import saved_steps
 
 
-def killed(run: Run, rng: random.Random, step_timeout: int) -> str:
+# Of the run, in seconds: shorter than the faults are apart. The first start from a checkpoint compiles.
+STEP_TIMEOUT = 60
+
+
+def killed(run: Run, rng: random.Random) -> str:
   run.kill()
   run.start()
   return "killed"
 
 
-def killed_in_a_save(run: Run, rng: random.Random, step_timeout: int) -> str:
+def killed_in_a_save(run: Run, rng: random.Random) -> str:
   checkpoints = run.workdir / "checkpoints"
   run.wait_for(lambda: any(checkpoints.glob("*tmp*")), "a save")
   run.kill()
@@ -32,38 +36,38 @@ def killed_in_a_save(run: Run, rng: random.Random, step_timeout: int) -> str:
   return f"the save of step {left[0]} was half done" if left else "the save was done by then"
 
 
-def told_to_stop(run: Run, rng: random.Random, step_timeout: int) -> str:
+def told_to_stop(run: Run, rng: random.Random) -> str:
   run.process.terminate()
   run.ends(75)
   run.start()
   return "exit code 75"
 
 
-def suspended(run: Run, rng: random.Random, step_timeout: int) -> str:
+def suspended(run: Run, rng: random.Random) -> str:
   # For longer than the watchdog waits: a process that is suspended as a whole has not hung.
   run.process.send_signal(signal.SIGSTOP)
-  time.sleep(step_timeout + 2)
+  time.sleep(STEP_TIMEOUT + 2)
   run.process.send_signal(signal.SIGCONT)
   resumed = time.time()
   run.wait_for(lambda: run.trains(resumed), "steps after it was suspended")
-  return f"went on after {step_timeout + 2} seconds"
+  return f"went on after {STEP_TIMEOUT + 2} seconds"
 
 
-def disk_that_does_not_answer(run: Run, rng: random.Random, step_timeout: int) -> str:
+def disk_that_does_not_answer(run: Run, rng: random.Random) -> str:
   run.kill()
   # A pipe that nobody writes to: who opens it to read waits for ever, as for a disk of another machine.
   file = _newest(run) / "meta" / "metadata"
   kept = file.replace(run.workdir.with_name("kept"))
   os.mkfifo(file)
   run.start()
-  line = run.ends(1, f"--step_timeout={step_timeout}: process 0 hangs in the start")
+  line = run.ends(1, f"--step_timeout={STEP_TIMEOUT}: process 0 hangs in the start")
   file.unlink()
   kept.replace(file)
   run.start()
   return line
 
 
-def flipped_byte(run: Run, rng: random.Random, step_timeout: int) -> str:
+def flipped_byte(run: Run, rng: random.Random) -> str:
   def flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1 << rng.randrange(8)
@@ -72,15 +76,15 @@ def flipped_byte(run: Run, rng: random.Random, step_timeout: int) -> str:
   return _damaged(run, flip)
 
 
-def cut_short(run: Run, rng: random.Random, step_timeout: int) -> str:
+def cut_short(run: Run, rng: random.Random) -> str:
   return _damaged(run, lambda file: os.truncate(file, rng.randrange(file.stat().st_size)))
 
 
-def deleted(run: Run, rng: random.Random, step_timeout: int) -> str:
+def deleted(run: Run, rng: random.Random) -> str:
   return _damaged(run, Path.unlink)
 
 
-def no_room(run: Run, rng: random.Random, step_timeout: int) -> str:
+def no_room(run: Run, rng: random.Random) -> str:
   # A limit on the size of its files, which needs no root: the next record is too much, as on a disk that is full.
   size = (run.workdir / "metrics.jsonl").stat().st_size
   resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (size, size))
@@ -89,14 +93,14 @@ def no_room(run: Run, rng: random.Random, step_timeout: int) -> str:
   return line
 
 
-def second_run(run: Run, rng: random.Random, step_timeout: int) -> str:
+def second_run(run: Run, rng: random.Random) -> str:
   line = run.another(2, f"{run.workdir} is in use by process {run.process.pid}")
   refused = time.time()
   run.wait_for(lambda: run.trains(refused), "steps after another one was refused")
   return line
 
 
-FAULTS: dict[str, Callable[[Run, random.Random, int], str]] = {
+FAULTS: dict[str, Callable[[Run, random.Random], str]] = {
   "kill -9": killed,
   "kill -9 in a save": killed_in_a_save,
   "SIGTERM": told_to_stop,

@@ -31,6 +31,7 @@ flags.DEFINE_integer("seed", 0, "Of the faults' order.", flag_values=FLAGS)
 def main(workdir: Path) -> dict:
   """Runs the soak and returns its result."""
   from experiments.soak import page
+  from experiments.soak.faults import STEP_TIMEOUT
   from experiments.soak.run import Run, train_command
   from moe_lab.io.files import dump_json, write_text
   from moe_lab.io.writers import read_metrics
@@ -47,10 +48,8 @@ def main(workdir: Path) -> dict:
   asked = f"--config.train.steps={steps}"
   with Run(train_command(asked), workdir / "calm") as calm:
     calm.ends(0)
-  # Shorter than the faults are apart, and long enough for a start from what is compiled already.
-  step_timeout = min(max(every // 4, 15), 30)
-  faulty = Run(train_command(asked, f"--step_timeout={step_timeout}"), workdir / "faulty")
-  faults = bring_faults(faulty, minutes, every, step_timeout, random.Random(FLAGS.seed))
+  faulty = Run(train_command(asked, f"--step_timeout={STEP_TIMEOUT}"), workdir / "faulty")
+  faults = bring_faults(faulty, minutes, every, random.Random(FLAGS.seed))
   if not faults:
     raise RunError(f"--minutes={minutes:g}: the run of {steps} steps was over before its first fault; give it more")
 
@@ -96,7 +95,7 @@ def steps_within(minutes: float, every: float, seconds: float) -> int:
   return max(round(60 * minutes * max(1 - LOST / every, 0.5) / seconds), 200)
 
 
-def bring_faults(run, minutes: float, every: float, step_timeout: int, rng: random.Random) -> list[dict]:
+def bring_faults(run, minutes: float, every: float, rng: random.Random) -> list[dict]:
   """Runs to the end, with faults while the minutes last; returns them.
 
   Raises:
@@ -116,7 +115,7 @@ def bring_faults(run, minutes: float, every: float, step_timeout: int, rng: rand
           break
         step = run.last()["step"]
         try:
-          saw = FAULTS[kind](run, rng, step_timeout)
+          saw = FAULTS[kind](run, rng)
           run.wait_for(run.trains, f"steps after {kind}")
         except RunError as error:
           raise RunError(f"fault {len(faults) + 1}, {kind}, at step {step}: {error}") from error

@@ -16,7 +16,6 @@ from experiments.soak.run import Run
 from moe_lab.errors import RunError
 from moe_lab.io.checkpoint import saved_steps
 
-
 # Of the run, in seconds: shorter than the faults are apart. The first start from a checkpoint compiles.
 STEP_TIMEOUT = 60
 

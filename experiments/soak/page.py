@@ -23,11 +23,11 @@ def page_of(
     calm: the records of the calm run.
   """
   cards = [
-    ("faults", str(len(faults)), f"{result['minutes']:g} minutes, one every {result['every']} s"),
+    ("faults", str(len(faults)), f"one every {result['every']} s, in {number(result['minutes'], 1)} minutes"),
     ("differences", str(result["differences"]), f"{result['records_compared']:,} records, and the last checkpoint"),
     ("steps", f"{result['steps']:,}", f"{result['steps_twice']:,} done again"),
     ("starts", str(result["restarts"] + 1), "of the same line"),
-    ("goodput", f"{number(100 * (result['goodput'] or 0), 0)}%", "of the time in steps that count"),
+    ("goodput", f"{result['goodput']:.0%}", "of the time in steps that count"),
   ]
   shown = "".join(f"<div><dt>{name}</dt><dd>{value}</dd><dd>{unit}</dd></div>" for name, value, unit in cards)
   curves = figure(_losses(faults, records, calm), "Training loss of each step; in the faulty run the last one's.")

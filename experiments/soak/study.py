@@ -54,16 +54,16 @@ def main(workdir: Path) -> dict:
     raise RunError(f"--minutes={minutes:g}: the run of {steps} steps was over before its first fault; give it more")
 
   differences = compared(faulty, calm)
-  records = list(faulty.records.values())
+  records, spent = list(faulty.records.values()), time_of(faulty.workdir)
   result = {
-    "minutes": minutes,
+    "minutes": spent.elapsed / 60,  # of the whole run with faults
     "every": every,
     "seed": FLAGS.seed,
     "faults": dict(Counter(fault["kind"] for fault in faults)),
     "restarts": faulty.starts - 1,
     "steps": steps,
     "steps_twice": sum(record["kind"] == "train" for record in records) - steps,
-    "goodput": goodput_of(faulty.workdir),
+    "goodput": spent.share,
     "records_compared": len(records),
     "differences": len(differences),
   }
@@ -142,14 +142,14 @@ def compared(faulty, calm) -> list[str]:
   return found + [f"the end: {name} of a killed save is left in checkpoints" for name in left]
 
 
-def goodput_of(workdir: Path) -> float | None:
+def time_of(workdir: Path):
+  """Returns the run's Goodput."""
   from moe_lab.io.run import load_run
   from moe_lab.io.writers import read_metrics
   from moe_lab.report.goodput import goodput
 
   train = [record for record in read_metrics(workdir) if record["kind"] == "train"]
-  found = goodput(train, load_run(workdir)[1])
-  return found and found.share
+  return goodput(train, load_run(workdir)[1])
 
 
 def say(line: str) -> None:

@@ -53,6 +53,7 @@ def suspended(run: Run, rng: random.Random) -> str:
 
 
 def disk_that_does_not_answer(run: Run, rng: random.Random) -> str:
+  run.wait_for(lambda: bool(saved_steps(run.workdir)), "a checkpoint")
   run.kill()
   # A pipe that nobody writes to: who opens it to read waits for ever, as for a disk of another machine.
   file = _newest(run) / "meta" / "metadata"

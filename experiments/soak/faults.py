@@ -16,8 +16,8 @@ from experiments.soak.run import Run
 from moe_lab.errors import RunError
 from moe_lab.io.checkpoint import saved_steps
 
-# Of the run, in seconds: shorter than the faults are apart. The first start from a checkpoint compiles.
-STEP_TIMEOUT = 60
+# Of the run, in seconds: shorter than faults are apart, and longer than a start on a machine that has other work.
+STEP_TIMEOUT = 90
 
 
 def killed(run: Run, rng: random.Random) -> str:

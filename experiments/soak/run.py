@@ -111,6 +111,11 @@ class Run:
       raise Finished
     return line
 
+  def finish(self) -> None:
+    """Waits, however long, for the run to come to its end by itself; raises RunError where it ends otherwise."""
+    self.process.wait()
+    self.ends(0)
+
   def kill(self) -> None:
     """Ends it as `kill -9` does."""
     self.process.send_signal(signal.SIGKILL)

@@ -47,7 +47,7 @@ def main(workdir: Path) -> dict:
   say(f"{steps} steps of {seconds:.3f} seconds; first the calm run, for {steps * seconds / 60:.0f} minutes")
   asked = f"--config.train.steps={steps}"
   with Run(train_command(asked), workdir / "calm") as calm:
-    calm.ends(0)
+    calm.finish()
   faulty = Run(train_command(asked, f"--step_timeout={STEP_TIMEOUT}"), workdir / "faulty")
   faults = bring_faults(faulty, minutes, every, random.Random(FLAGS.seed))
   if not faults:
@@ -123,7 +123,7 @@ def bring_faults(run, minutes: float, every: float, rng: random.Random) -> list[
         faults.append({"kind": kind, "time": at, "minute": minute, "step": step, "seconds": seconds, "saw": saw})
         say(f"{minute:6.1f} min  step {step:6}  {kind}: {saw}; trains again after {seconds:.1f} s")
       say(f"no more faults; it goes on to its end from step {run.last()['step']}")
-      run.ends(0)
+      run.finish()
     except Finished:
       say("the run has come to its end")
   return faults

@@ -63,9 +63,8 @@ def test_the_result_has_the_contract_keys(calm):
   assert run["data"][0]["source"] == "synthetic:difficulty"
 
 
-@pytest.mark.parametrize(
-  "stop_at", [pytest.param(4, marks=pytest.mark.slow), 5]
-)  # on a checkpoint's step, and between two
+# On a checkpoint's step, and between two.
+@pytest.mark.parametrize("stop_at", [pytest.param(4, marks=pytest.mark.slow), 5])
 def test_a_resumed_run_is_the_same_bit_for_bit(calm, tmp_path, stop_at):
   with pytest.raises(SystemExit) as stopped:
     train(CONFIG, tmp_path, tmp_path / "cache", ["test"], stop_at=stop_at)

@@ -7,7 +7,7 @@ WORKDIR ?= runs/quickstart
 STAMP := .venv/installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test test-slow test-faults lint lock clean-env
+.PHONY: help env train test test-slow test-faults soak lint lock clean-env
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,10 @@ test-slow: env  ## the slow tests
 
 test-faults: env  ## what is promised when things break, with real processes, signals and files; ends with a table
 	.venv/bin/python -m pytest -q -m fault
+
+soak: WORKDIR = runs/soak
+soak: env  ## an hour of training with a fault every two minutes, beside a calm run of the same steps, into WORKDIR=runs/soak
+	.venv/bin/python -m experiments.soak.study --workdir=$(WORKDIR)
 
 lint: env  ## ruff
 	.venv/bin/ruff check --quiet .

@@ -253,7 +253,8 @@ class Checkpointer:
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as err:  # a damaged file shows up as nearly any type
-      raise self._damaged(step, _first_line(err)) from err
+      # Orbax's own words name an index and an object's address; the array and the reason are beneath.
+      raise self._damaged(step, _first_line(err.__cause__ or err)) from err
 
   def _damaged(self, step: int, why: str) -> Damaged:
     others = [str(s) for s in saved_steps(self._workdir) if s != step]
@@ -307,7 +308,7 @@ def _first_line(err: BaseException) -> str:
   if reason:
     return reason[1]
   text = str(err).strip().splitlines()
-  return f"{type(err).__name__}: {text[0][:200]}" if text else type(err).__name__
+  return f"{type(err).__name__}: {text[0][:300]}" if text else type(err).__name__
 
 
 def _is_news(record: logging.LogRecord) -> bool:

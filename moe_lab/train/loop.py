@@ -212,9 +212,10 @@ class _Training:
 
   def _start(self) -> tuple[TrainState, int]:
     """Returns the state and the steps done: the newest checkpoint's, or the beginning."""
-    abstract, shardings = abstract_state(self.config), None
-    if self.mesh:
-      shardings = state_shardings(abstract, self.mesh)
+    abstract = abstract_state(self.config)
+    # Without a mesh said as well, as it is of a restored state: else a run that goes on would compile its steps anew.
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = state_shardings(abstract, self.mesh) if self.mesh else jax.tree.map(lambda _: here, abstract)
     if self.checkpointer.latest_step() is None:
       if self.start is None:
         state = jax.jit(lambda: initial_state(self.config, self.optimizer), out_shardings=shardings)()
@@ -222,8 +223,7 @@ class _Training:
         state = _placed(self.start.state(), shardings)
       step, meta = 0, {}
     else:
-      if shardings:
-        abstract = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), abstract, shardings)
+      abstract = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), abstract, shardings)
       state, meta, step = self.checkpointer.restore(abstract)
       self.loader.set_state(meta["loader"])
       self.progress.note(f"resuming after step {step}")

@@ -4,6 +4,7 @@ Heartbeats find a process that is gone. One that lives and waits for ever (for a
 joins, for a disk that does not answer) beats on.
 """
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -55,18 +56,31 @@ class Watchdog:
         self._give_up()
 
   def _give_up(self) -> None:
-    kept = ""
-    try:
-      with self._path.open("w") as file:
-        faulthandler.dump_traceback(file)
-      kept = f"; where it hangs is in {self._path}"
-    except OSError:
-      pass  # the disk may be what hangs
-    sys.stderr.write(
+    kept = f"; where it hangs is in {self._path}" if _done_soon(self._write_stacks) else ""
+    line = (
       f"error: --step_timeout={self._seconds:g}: process {self._process} hangs in {self._doing} or right after it"
       f"{kept}. The same command goes on from the last checkpoint\n"
     )
-    sys.stderr.flush()
+    _done_soon(lambda: (sys.stderr.write(line), sys.stderr.flush()))
     if self._process == 0:
       time.sleep(_LAST_WORDS)  # the others end with this one, and theirs may be the stacks that say why
     os._exit(RunError.exit_code)  # a main thread that hangs hears no exception
+
+  def _write_stacks(self) -> None:
+    with self._path.open("w") as file:
+      faulthandler.dump_traceback(file)
+
+
+def _done_soon(function: Callable) -> bool:
+  """Calls it and returns whether it was done in little time: the disk may be what hangs, or who reads stderr."""
+  done = threading.Event()
+
+  def call() -> None:
+    with contextlib.suppress(OSError):
+      function()
+      done.set()
+
+  thread = threading.Thread(target=call, daemon=True)
+  thread.start()
+  thread.join(_LAST_WORDS)
+  return done.is_set()

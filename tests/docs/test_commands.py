@@ -187,6 +187,7 @@ def cannot_run(command) -> str | None:
     "--topology=v5p:2x2x4 --program=decode": "wants TPU's compiler for minutes",
     "benchmark presets": "half an hour of TPU's compiler",
     "benchmark weak_scaling": "half an hour of TPU's compiler",
+    "soak.study": "minutes of faults: tests/experiments/test_soak.py",
     "--launcher=ray": "wants a Ray cluster",
     "--launcher=slurm": "wants a Slurm cluster",
     "--num_processes": "several processes at a time: tests/experiments/test_hosts.py",

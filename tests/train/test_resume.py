@@ -18,9 +18,11 @@ from moe_lab.data.loader import open_data
 from moe_lab.errors import RunError, UserError
 from moe_lab.io.checkpoint import Checkpointer
 from moe_lab.io.writers import read_metrics
+from moe_lab.train import loop
 from moe_lab.train.loop import train
 from moe_lab.train.optimizer import make_optimizer
 from moe_lab.train.state import initial_state
+from moe_lab.train.step import make_train_step
 
 CONFIG = Config(
   model=ModelConfig(dim=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, num_experts=4, expert_dim=8),
@@ -65,7 +67,19 @@ def test_the_result_has_the_contract_keys(calm):
 
 # On a checkpoint's step, and between two.
 @pytest.mark.parametrize("stop_at", [pytest.param(4, marks=pytest.mark.slow), 5])
-def test_a_resumed_run_is_the_same_bit_for_bit(calm, tmp_path, stop_at):
+def test_a_resumed_run_is_the_same_bit_for_bit(calm, tmp_path, stop_at, monkeypatch):
+  places = []  # of the state, at each step: of other places is another program, which a restart would have to compile
+
+  def noting(*parts):
+    train_step = make_train_step(*parts)
+
+    def step(state, batch):
+      places.append([(leaf.sharding, leaf.committed) for leaf in jax.tree.leaves(state)])
+      return train_step(state, batch)
+
+    return step
+
+  monkeypatch.setattr(loop, "make_train_step", noting)
   with pytest.raises(SystemExit) as stopped:
     train(CONFIG, tmp_path, tmp_path / "cache", ["test"], stop_at=stop_at)
   assert stopped.value.code == 75
@@ -76,6 +90,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(calm, tmp_path, stop_at):
   jax.tree.map(np.testing.assert_array_equal, state, calm_state)
   assert meta["loader"] == calm_meta["loader"]
   assert result["val_loss"] == calm[1]["val_loss"]
+  assert len(places) == 8 and all(place == places[0] for place in places)
   # A stop between two logs splits one record in two; all later ones must be equal.
   assert records(tmp_path)[-1] == records(calm[0])[-1]
 

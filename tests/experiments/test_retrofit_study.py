@@ -33,7 +33,8 @@ def test_means_over_seeds_and_what_a_case_proves():
 
 
 def test_the_page_draws_policies_and_controls():
-  drawn = page.page_of({"runs": RUNS, "summary": study.summarised(RUNS), "split": "test"}, "python -m study")
+  found = {"runs": RUNS, "summary": study.summarised(RUNS), "split": "test", "upcycled": []}
+  drawn = page.page_of(found, "python -m study")
   for words in ("policies", "dealt out at random", "every token the mean", "fixed counts", "+0.60%", "proves nothing"):
     assert words in drawn
   assert drawn.count("<figure") == 2

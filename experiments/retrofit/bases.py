@@ -36,8 +36,9 @@ def upcycled(workdir: Path, size: str, seed: int) -> Path:
   steps = 2 * config.train.steps // 3
   dense = dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, steps=steps))
   folders = _folders(workdir, seed)
-  base = load_base(_trained(dense, folders["dense"]))
+  _trained(dense, folders["dense"])
   if not folders["upcycled"].is_dir():  # which appears when all of it is there
+    base = load_base(folders["dense"])
     begun = modes.begun("upcycle", base.config, folders["dense"])
     begun.model.num_experts, begun.model.expert_dim = config.model.num_experts, config.model.expert_dim
     begun.routing.k = config.routing.k

@@ -25,8 +25,9 @@ $(STAMP): requirements.lock setup.py
 train: env  ## trains configs/quickstart.py into WORKDIR=runs/quickstart and writes its report
 	.venv/bin/python -m experiments.train --config=configs/quickstart.py --workdir=$(WORKDIR)
 
+# Compiling is most of these tests' time, and without LLVM's optimisations half as long; slow tests run what is shipped.
 test: lint  ## lint, and every test but the slow ones
-	.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" .venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-slow: env  ## the slow tests
 	.venv/bin/python -m pytest -q -m slow
@@ -35,7 +36,7 @@ test-faults: env  ## what is promised when things break, with real processes, si
 	.venv/bin/python -m pytest -q -m fault
 
 soak: WORKDIR = runs/soak
-soak: env  ## two hours: a calm run, and an hour of the same with a fault every two minutes, into WORKDIR=runs/soak
+soak: env  ## an hour of training with a fault every two minutes, beside a calm run of the same steps, into WORKDIR=runs/soak
 	.venv/bin/python -m experiments.soak.study --workdir=$(WORKDIR)
 
 lint: env  ## ruff

@@ -108,7 +108,7 @@ def report(model: Served, prompts: Prompts, settings: Settings, note: Callable[[
   windows: list[list[tuple[Window, Energy]]] = [[] for _ in measured]
   for cell in {id(cell.engine): cell for cell in measured}.values():
     note(f"compiling {cell.who}, {cell.budget:g} experts")
-    _serve(cell, prompts, 0, 1, meter)
+    cell.engine.warm_up()
   idle = [_at_rest(meter)]
   peaks = [_peak(model.config.model.dtype)]
   # As many in every round, so that a round's rate is as good as another's.

@@ -60,8 +60,9 @@ def save(folder: Path, found: list[dict], machine: dict, command: str) -> Path:
   words = (
     "configs/medium_50b.py on one accelerator, one sequence, an even load of the experts, no reuse between tokens. A "
     f"row is `python -m experiments.preflight --config=configs/medium_50b.py --program=offload {flags} "
-    "--context=TOKENS --config.adapt.weights=nf4`; bfloat16, the control: without the last flag. Planned, not run; GB "
-    f"are 10^9 bytes. Reckoned on {results.in_words(machine)}"
+    "--context=TOKENS --config.adapt.weights=nf4`; bfloat16, the control: without the last flag. Planned: the engine "
+    "decodes in this way (`experiments.generate --resident_experts`), but this model has not been run; GB are 10^9 "
+    f"bytes. Reckoned on {results.in_words(machine)}"
   )
   plans = "\n\n".join(f"```\n{residency.table(one)}\n```" for one in found if one["weights"] == "nf4")
   text = f"# offload\n\n    {command}\n\n{words}\n\n{table(found)}\n\n{plans}\n"

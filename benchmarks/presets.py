@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import results
+from moe_lab.errors import require
 from moe_lab.io.files import write_text
 
 # Around the table in docs/scale.md.
@@ -37,7 +38,11 @@ def preflight(config: str, topology: str, mesh: dict[str, int], fields: dict[str
     topology: as TPUs are sold.
     mesh: axis -> chips, of those that are not 1.
     fields: further ones of the configuration, by dotted name.
+
+  Raises:
+    UserError: the compiler is not installed, so that there is nothing to report.
   """
+  require("libtpu", f"the preflight of {config}", "tpu")
   given = {f"mesh.{axis}": mesh.get(axis, 1) for axis in ("fsdp", "expert")} | (fields or {})
   flags = [f"--config.{name}={value}" for name, value in given.items()]
   command = [sys.executable, "-m", "experiments.preflight", f"--config={config}", f"--topology={topology}", *flags]

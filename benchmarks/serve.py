@@ -36,6 +36,7 @@ from moe_lab.io.files import write_text
 from moe_lab.io.run import open_run
 from moe_lab.report.charts import Series, line_chart
 from moe_lab.report.page import escape, figure, page
+from moe_lab.report.page import table as page_table
 from moe_lab.train.optimizer import make_optimizer
 from moe_lab.train.state import initial_state
 
@@ -204,8 +205,8 @@ def _flatness(samples: list[tuple[float, float]]) -> dict:
   return {"first_mib": first, "settled_mib": settled[0][1], "last_mib": last, "slope_mib_per_minute": slope}
 
 
-def table(found: dict) -> str:
-  """Returns the figures as Markdown tables."""
+def tables(found: dict) -> list[list[tuple[str, ...]]]:
+  """Returns the rows of two tables, their titles first."""
   turns = [("turn, measure", *WAYS, "over one slot", "over one at a time")]
   for number, turn in enumerate(found["turns"], 1):
     for measure, words in (("per_second", "tokens/s"), ("per_busy_second", "tokens per second of processor time")):
@@ -224,7 +225,7 @@ def table(found: dict) -> str:
     ("memory at first, settled, at last", " / ".join(f"{load[f'{at}_mib']:.0f}" for at in _MOMENTS) + " MiB"),
     ("slope of it, once settled", f"{load['slope_mib_per_minute']:+.2f} MiB a minute"),
   ]  # fmt: skip
-  return f"{results.markdown(turns)}\n\n{results.markdown(rows)}"
+  return [turns, rows]
 
 
 def _seconds(quantiles: dict[str, float]) -> str:
@@ -241,15 +242,16 @@ def save(folder: Path, found: dict, machine: dict, command: str) -> Path:
     f"server share the cores; {os.getloadavg()[1]:.1f} processes wanted them over the last five minutes. "
     f"{results.in_words(machine)}"
   )
-  tables = table(found)
-  text = f"# serve\n\n    {command}\n\n{words}\n\n{tables}\n"
+  found_tables = tables(found)
+  markdown = "\n\n".join(map(results.markdown, found_tables))
+  text = f"# serve\n\n    {command}\n\n{words}\n\n{markdown}\n"
   path = results.write(folder, "serve", machine, text, {"machine": machine, "results": found})
   minutes = [(second / 60, mib) for second, mib in found["load"]["memory"]]
   drawing = line_chart(
     [Series("resident memory of the server", minutes, 1)], title="Memory under load", x_label="minutes", y_label="MiB",
     include_zero=True,
   )  # fmt: skip
-  body = figure(drawing, words) + f"<pre>{escape(tables)}</pre>"
+  body = figure(drawing, words) + "".join(page_table(rows[0], rows[1:]) for rows in found_tables)
   write_text(path.with_suffix(".html"), page("The server under load", f"<p><code>{escape(command)}</code></p>",
                                              [("Load", body)]))  # fmt: skip
   return path

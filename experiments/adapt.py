@@ -68,22 +68,9 @@ def _quantised(base, config: Config, workdir: Path) -> dict:
 
 
 def _upcycled(base, config: Config, workdir: Path) -> dict:
-  import jax
+  from moe_lab.train.adapted import upcycle
 
-  from moe_lab.adapt.upcycle import upcycled
-  from moe_lab.data.loader import open_data
-  from moe_lab.train.adapted import losses
-  from moe_lab.train.base import check_new, write_run
-  from moe_lab.train.optimizer import make_optimizer
-  from moe_lab.train.state import state_of
-
-  check_new(workdir)
-  params, report = upcycled(base.state.params, config, jax.random.key(config.train.seed))
-  state = state_of(config, params, make_optimizer(config.train))._replace(step=base.state.step)
-  if base.fingerprint:
-    report |= losses(base, config, state, open_data(config.data, program.cache_dir()))
-  write_run(workdir, config, base, state, base.manifest, sys.argv, report)
-  return report
+  return upcycle(base, config, workdir, program.cache_dir(), sys.argv)
 
 
 def _merged(base, config: Config, workdir: Path) -> dict:

@@ -251,7 +251,8 @@ def main(workdir: Path) -> dict:
     raise UserError(f"--out={out}: it is there already; wanted the name of a new file")
   from moe_lab.train.load import load_text_model
 
-  model = _Model(load_text_model(workdir, FLAGS.step, FLAGS.budget))
+  in_host = FLAGS.resident_experts is not None  # or all would be on the device at first
+  model = _Model(load_text_model(workdir, FLAGS.step, FLAGS.budget, in_host))
   if FLAGS.prompts:
     result = _file(model, Path(FLAGS.prompts))
   else:

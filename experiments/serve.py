@@ -98,12 +98,12 @@ def main(workdir: Path) -> dict:
   family, address, loopback = _address(key)
   with _listener(family, address) as listener:
     from moe_lab.serve.limits import Limits
-    from moe_lab.serve.server import Server, warm_up
+    from moe_lab.serve.server import Server
     from moe_lab.train.load import load_text_model
 
     model = load_text_model(workdir, FLAGS.step, FLAGS.budget)
     engine = model.engine(slots=FLAGS.slots, capacity=FLAGS.context, steady=FLAGS.steady)
-    warm_up(engine)
+    engine.warm_up()
     name = FLAGS.name or workdir.resolve().name.encode("utf-8", "replace").decode()
     server = Server(
       name, model.loaded.config, model.tokenizer, engine, key=key, loopback=loopback,

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {
   "JAX_PLATFORMS": "cpu",
-  "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+  "JAX_NUM_CPU_DEVICES": "4",
   "PYTHONPATH": str(ROOT),
 }
 

@@ -18,7 +18,7 @@ def page_of(study: dict, command: str) -> str:
   arms = _arms(study["summary"])
   drawings = figure(_policies(study["summary"], arms), "The policies alone: means over seeds.")
   drawings += "".join(figure(_curve(study, arm), f"{arm}, and its controls: means over seeds.") for arm in arms)
-  body = f'<div class="pair">{drawings}</div><pre>{escape(table(study["summary"]))}</pre>'
+  body = f'<div class="pair">{drawings}</div><pre>{escape(text(study))}</pre>'
   intro = f"<p><code>{escape(command)}</code></p>"
   return page("Fewer experts of a trained model", intro, [(f"Loss against experts, {study['split']} split", body)])
 
@@ -55,6 +55,18 @@ def _curve(study: dict, arm: str) -> str:
   ]
   series.append(Series("fixed counts", [*fixed, (runs[0]["full"]["experts"], 0.0)], 4, "dots"))
   return _chart(series, arm)
+
+
+def text(study: dict) -> str:
+  """Returns the table, and of upcycled bases whether they are what they should be."""
+  lines = [table(study["summary"]), ""] if study["upcycled"] else [table(study["summary"])]
+  for one in study["upcycled"]:
+    lines.append(
+      f"seed {one['seed']}: loss {one['dense']:.4f} dense; upcycled {'the same' if one['same'] else 'NOT THE SAME'} "
+      f"({one['moved']:.1e} apart); {one['tuned']:.4f} trained on, one expert {one['one_expert_rise']:+.2%}"
+      f"{'' if one['apart'] else ': COPIES NOT APART'}"
+    )
+  return "\n".join(lines)
 
 
 def table(summary: list[dict]) -> str:

@@ -42,14 +42,17 @@ def main(workdir: Path) -> dict:
   if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
     raise UserError(f"--workdir={workdir} is there already: wanted a new or empty directory")
 
-  seconds = seconds_per_step(Run(train_command("--config.train.steps=1000000"), workdir / "rate"))
+  # Both at once, as they will be: they share the cores.
+  endless = train_command("--config.train.steps=1000000")
+  with Run(endless, workdir / "rate-beside"):
+    seconds = seconds_per_step(Run(endless, workdir / "rate"))
   steps = steps_within(minutes, every, seconds)
-  say(f"{steps} steps of {seconds:.3f} seconds; first the calm run, for {steps * seconds / 60:.0f} minutes")
+  say(f"{steps} steps of {seconds:.3f} seconds, calmly and beside it with faults: {minutes:g} minutes")
   asked = f"--config.train.steps={steps}"
-  with Run(train_command(asked), workdir / "calm") as calm:
-    calm.finish()
   faulty = Run(train_command(asked, f"--step_timeout={STEP_TIMEOUT}"), workdir / "faulty")
-  faults = bring_faults(faulty, minutes, every, random.Random(FLAGS.seed))
+  with Run(train_command(asked), workdir / "calm") as calm:
+    faults = bring_faults(faulty, minutes, every, random.Random(FLAGS.seed))
+    calm.finish()
   if not faults:
     raise RunError(f"--minutes={minutes:g}: the run of {steps} steps was over before its first fault; give it more")
 

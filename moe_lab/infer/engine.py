@@ -1,13 +1,14 @@
 """Generation: chunked prefill, and continuous batching over a fixed number of slots.
 
 A request gets a free slot, into which its prompt is read in chunks, beside a few other prompts; from there on it
-decodes beside all others, and leaves when it is done. Two programs are compiled, whatever comes: chunks of prompts, and
-some steps of decoding, whose tokens come to the host together.
+decodes beside all others, and leaves when it is done. Whatever comes, few programs are compiled: chunks of prompts, in
+up to four sizes, and some steps of decoding, whose tokens come to the host together.
 """
 
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from moe_lab.routing.base import RouterState
 from moe_lab.routing.registry import make_router
 
 READERS = 4  # prompts that are read together: their experts' weights are fetched once
+SHORT = 32  # tokens of a short chunk: most requests to a server are a line or two, and padding costs as much as text
 
 
 class PromptScores(NamedTuple):
@@ -167,11 +169,15 @@ class Engine:
     self.slots, self.capacity, self.chunk, self.steady = slots, capacity, chunk, steady
     self.budget = routing.mean_count if budget is None else budget
     self._readers = 1 if steady else min(slots, READERS)
+    self._sizes = [(self._readers, chunk)]  # of chunks: prompts, and tokens of each
+    if mesh is None:  # which would have to divide every size
+      self._sizes = sorted(itertools.product({1, self._readers}, {min(SHORT, chunk), chunk}), key=math.prod)
     self._shares = 1 if mesh is None else mesh.shape["model"]
     empty = functools.partial(empty_cache, config.model, slots, capacity, chunk, self._shares)
     placed = {}
     if mesh is None:
-      self._cache, self._slots = empty(), programs.free_slots(slots)
+      # Placed, as what programs return is where parameters are: else the first calls are compiled for by themselves.
+      self._cache, self._slots = jax.device_put((empty(), programs.free_slots(slots)), jax.devices()[0])
     else:
       check_mesh(mesh, slots, self._readers, chunk)
       by_name, by_ring, by_slot = shardings(mesh, self._params, slots)
@@ -275,6 +281,13 @@ class Engine:
         break
     return made + (self._decode_on() if self._decoding_B().any() else [])
 
+  def warm_up(self) -> None:
+    """Compiles all that this engine will need, so that no request waits for that; nothing may be under way."""
+    entry = self._entry(Request([0]))
+    for size, scored in [(size, False) for size in self._sizes] + [(self._sizes[-1], True)]:
+      self._run_read(self._chunk(size, [entry]), scored)
+    self._decode_on()
+
   def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Token]]:
     """Yields (index of the request, token) as tokens come, of all requests at once; left early, it forgets the rest.
 
@@ -313,35 +326,50 @@ class Engine:
 
   def _read_on(self, slots: list[int]) -> list[tuple[int, Token]]:
     """Reads one chunk of each slot's prompt; those read to the end give their first token."""
-    token_RL, next_RL = np.zeros((2, self._readers, self.chunk), np.int32)
-    length_R, offset_R, slot_R = np.zeros((3, self._readers), np.int32)
-    last_R, scored, entries = np.zeros(self._readers, bool), False, []
-    for r, slot in enumerate(slots):
-      serving = self._serving[slot]
-      part = serving.request.prompt[serving.read : serving.read + self.chunk]
-      following = serving.request.prompt[serving.read + 1 : serving.read + 1 + self.chunk]
-      token_RL[r, : len(part)], next_RL[r, : len(following)] = part, following
-      length_R[r], offset_R[r], slot_R[r] = len(part), serving.read, slot
-      serving.read += len(part)
-      last_R[r] = not serving.reading
-      scored |= serving.scored
-      entries.append(self._entry(serving.request))
-    entries += entries[:1] * (self._readers - len(entries))  # rows without a prompt join nothing
-    entry_R = jax.tree.map(lambda old, *new_R: np.asarray(new_R, old.dtype), self._slots, *entries)
-    chunk = programs.Chunk(token_RL, next_RL, length_R, offset_R, slot_R, last_R, entry_R)
-    self._cache, self._slots, found = self._read[scored](
-      self._params, self._router_state, self._cache, self._slots, chunk
-    )
-    wanting = [r for r, slot in enumerate(slots) if self._serving[slot].request.log_probs_from is not None]
-    if not last_R.any() and not wanting:
+    reading, parts = [self._serving[slot] for slot in slots], []
+    for serving in reading:
+      parts.append(range(serving.read, min(serving.read + self.chunk, len(serving.request.prompt))))
+      serving.read = parts[-1].stop
+    scored = any(serving.scored for serving in reading)
+    longest = max(map(len, parts))
+    # Scoring is for many prompts at a time: it is compiled for the largest size only.
+    sizes = self._sizes[-1:] if scored else self._sizes
+    size = next((rows, length) for rows, length in sizes if rows >= len(parts) and length >= longest)
+    chunk = self._chunk(size, [self._entry(serving.request) for serving in reading])
+    for r, (serving, part) in enumerate(zip(reading, parts, strict=True)):
+      prompt = serving.request.prompt
+      following = prompt[part.start + 1 : part.stop + 1]
+      chunk.token_RL[r, : len(part)] = prompt[part.start : part.stop]
+      chunk.next_RL[r, : len(following)] = following
+      chunk.length_R[r], chunk.offset_R[r], chunk.slot_R[r] = len(part), part.start, slots[r]
+      chunk.last_R[r] = not serving.reading
+    found = self._run_read(chunk, scored)
+    wanting = [r for r, serving in enumerate(reading) if serving.request.log_probs_from is not None]
+    last = np.nonzero(chunk.last_R)[0]
+    if not last.size and not wanting:
       return []
     made, experts_RL, scores = jax.device_get(found)
     for r in wanting:
-      serving, length = self._serving[slot_R[r]], length_R[r]
-      serving.experts.append(experts_RL[r, :length])
+      serving, num = reading[r], len(parts[r])
+      serving.experts.append(experts_RL[r, :num])
       if serving.scored:
-        serving.scores.append(programs.Scores(*(values[r, :length] for values in scores)))
-    return [self._deliver(slot_R[r], made, r) for r in np.nonzero(last_R)[0]]
+        serving.scores.append(programs.Scores(*(values[r, :num] for values in scores)))
+    return [self._deliver(slots[r], made, r) for r in last]
+
+  def _chunk(self, size: tuple[int, int], entries: list[programs.Slots]) -> programs.Chunk:
+    """Returns a chunk of nothing yet, for so many prompts of so many tokens; `entries`: of the first of them."""
+    token_RL, next_RL = np.zeros((2, *size), np.int32)
+    length_R, offset_R, slot_R = np.zeros((3, size[0]), np.int32)
+    entries = entries + entries[:1] * (size[0] - len(entries))  # rows without a prompt join nothing
+    entry_R = jax.tree.map(lambda old, *new_R: np.asarray(new_R, old.dtype), self._slots, *entries)
+    return programs.Chunk(token_RL, next_RL, length_R, offset_R, slot_R, np.zeros(size[0], bool), entry_R)
+
+  def _run_read(self, chunk: programs.Chunk, scored: bool):
+    """Returns what `programs.read` gives but for the cache and the slots, which become this engine's."""
+    self._cache, self._slots, found = self._read[scored](
+      self._params, self._router_state, self._cache, self._slots, chunk
+    )
+    return found
 
   def _entry(self, request: Request) -> programs.Slots:
     """Returns a request as an entry of the slots."""

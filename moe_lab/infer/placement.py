@@ -22,7 +22,8 @@ def served(params: Any, config: ModelConfig) -> dict:
   """
 
   def one(path, leaf):
-    return leaf.astype(config.dtype) if leaf.dtype == jnp.float32 and path[-1].key not in COPIED else leaf
+    cast = leaf.dtype == jnp.float32 and path[-1].key not in COPIED
+    return leaf.astype(config.dtype, copy=False) if cast else leaf  # jax's, or numpy's in host memory
 
   return jax.tree_util.tree_map_with_path(one, unstack_layers(params))
 

@@ -1,4 +1,4 @@
-"""The two programs of generation: a chunk of some prompts, and some steps of decoding."""
+"""The programs of generation: a chunk of some prompts, and some steps of decoding."""
 
 import functools
 from typing import NamedTuple

@@ -25,6 +25,11 @@ _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a step's directory until 
 _DAMAGED = ".damaged"  # in the name of a step's directory that was set aside
 
 
+def in_host_memory(abstract_state: object) -> object:
+  """Returns for `restore` what makes every leaf an array of numpy, never on a device; it takes no memory itself."""
+  return jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), abstract_state)
+
+
 class Damaged(UserError):
   """A checkpoint that cannot be read as it was written; `what` and why, in words."""
 
@@ -111,7 +116,8 @@ class Checkpointer:
 
     Args:
       abstract_state: pytree like the saved one, of arrays or `jax.ShapeDtypeStruct`;
-        a leaf's sharding is where it goes, by default this process's first device.
+        a leaf's sharding is where it goes, by default this process's first device; for an array of numpy it is one
+        of numpy (`in_host_memory`).
       step: which; None for the newest that is whole. A writer sets those that are not aside.
 
     Returns:

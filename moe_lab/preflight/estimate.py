@@ -1,12 +1,13 @@
 """What a mesh would cost, by arithmetic alone: good enough to rank meshes, not to say that one fits.
 
-Bytes a chip holds: parameters and two moments in float32, gradients (twice where micro-batches are added up), each
-layer's input, one layer's and the head's gathered weights, and the rows of one layer's experts, whose buffers have room
-for the worst case; of these about four as wide as the model and five as wide as an expert live at a time. Bytes a chip
-sends: weights fetched along "fsdp" forward and backward, their gradients in float32, the experts' rows there and back
-in three passes, sums along "model", and keys where a sequence lies on several chips. Against the compiler's plan for
-the presets (benchmarks/results, `presets` of 2026-11-26) memory comes out between 4% too high and a fifth too low,
-lowest for wide experts, and the network of medium_50b within 3%.
+Bytes a chip holds: parameters, of those that learn two moments and gradients in float32 (these twice where
+micro-batches are added up), each layer's input, one layer's and the head's gathered weights, and the rows of one
+layer's experts, whose buffers have room for the worst case; of these about four as wide as the model and five as wide
+as an expert live at a time. Bytes a chip sends: weights fetched along "fsdp" forward and backward (those in 4 bits as
+they are), the gradients of those that learn in float32, the experts' rows there and back in three passes, sums along
+"model", and keys where a sequence lies on several chips. Against the compiler's plan for the presets
+(benchmarks/results, `presets` of 2026-11-26) memory comes out between 4% too high and a fifth too low, lowest for wide
+experts, and the network of medium_50b within 3%.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import jax
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+from moe_lab.adapt.learning import learns
 from moe_lab.config.schema import Config
 from moe_lab.nn.attention import layer_windows
 from moe_lab.preflight.chips import Chip
@@ -31,10 +33,19 @@ PASSES = 3  # of activations: forward, again in the backward pass, and backward
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """A parameter as the arithmetic needs it: whether experts share it, and how it is spread."""
+  """A parameter as the arithmetic needs it.
+
+  Attributes:
+    size: numbers; of a weight in 4 bits its bytes.
+    spec: along which axis each dimension is spread.
+    itemsize: bytes of a number as it is held.
+    learns: whether it has a gradient and moments.
+  """
 
   size: int
   spec: tuple[str | None, ...]
+  itemsize: int
+  learns: bool
 
   @property
   def of_experts(self) -> bool:
@@ -58,7 +69,15 @@ def weights_of(config: Config) -> list[Weights]:
   """Returns the parameters of a model."""
   params = abstract_state(config).params
   leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-  return [Weights(math.prod(leaf.shape), tuple(parameter_spec(path[-1].key, leaf.ndim))) for path, leaf in leaves]
+  return [
+    Weights(
+      math.prod(leaf.shape),
+      tuple(parameter_spec(path[-1].key, leaf.ndim)),
+      leaf.dtype.itemsize,
+      learns(path[-1].key, config.adapt),
+    )
+    for path, leaf in leaves
+  ]
 
 
 def spreads_tokens(config: Config, sizes: Mapping[str, int]) -> bool:
@@ -87,20 +106,28 @@ def estimate(config: Config, weights: list[Weights], sizes: Mapping[str, int], c
   each = itemsize(config)  # bytes of an activation
   tokens = train.batch_size // train.accumulate * config.data.seq_len * sizes["model"] / mesh.size  # of a chip
   experts = [w for w in weights if w.of_experts]
-  rest = [w for w in weights if not w.of_experts]
-  held = 4 * sum(w.part(sizes) for w in weights)
+  learning = [w for w in weights if w.learns]
+  held = sum(w.itemsize * w.part(sizes) for w in weights)
+  moments = 2 * 4 * sum(w.part(sizes) for w in learning)
 
   rows = tokens * config.routing.slots * sizes["expert"]
   widths = MODEL_BUFFERS * model.dim + EXPERT_BUFFERS * model.expert_dim / sizes["model"]
   saved = 1 if model.remat == "full" else model.num_layers
-  layer = sum(w.part(sizes, "fsdp") for w in experts) / model.num_layers + 2 * config.data.vocab_size * model.dim
-  gradients = held * (2 if train.accumulate > 1 else 1)
-  memory = 3 * held + gradients + 2 * each * layer
+
+  def gathered(some, *but):
+    """Returns the bytes of weights in the type that they are multiplied in, as `Weights.part`."""
+    return sum(min(w.itemsize, each) * w.part(sizes, *but) for w in some)
+
+  layer = gathered(experts, "fsdp") / model.num_layers + 2 * each * config.data.vocab_size * model.dim
+  gradients = moments / 2 * (2 if train.accumulate > 1 else 1)
+  memory = held + moments + gradients + 2 * layer
   memory += each * (model.num_layers * tokens * model.dim + saved * rows * widths)
 
-  fetched = sum(w.part(sizes, "fsdp") for w in weights if "fsdp" in w.spec) * _others(sizes["fsdp"])
-  sent = fetched * (FETCHES * each + 4)  # and the gradients scattered in float32
-  sent += 8 * sum(w.part(sizes) for w in experts) * _others(sizes["data"] * sizes["sequence"])
+  fetched = FETCHES * gathered([w for w in weights if "fsdp" in w.spec], "fsdp")
+  scattered = 4 * sum(w.part(sizes, "fsdp") for w in learning if "fsdp" in w.spec)  # gradients, in float32
+  sent = (fetched + scattered) * _others(sizes["fsdp"])
+  sent += 8 * sum(w.part(sizes) for w in learning if w.of_experts) * _others(sizes["data"] * sizes["sequence"])
+  rest = [w for w in learning if not w.of_experts]
   readers, stretched = token_spec(mesh, train.batch_size // train.accumulate, config.data.seq_len) or (BATCH, None)
   stretches = num_along(mesh, stretched)
   if readers:
@@ -116,7 +143,7 @@ def estimate(config: Config, weights: list[Weights], sizes: Mapping[str, int], c
   keys = 2 * seen * model.head_dim * tokens * stretches  # and values; gathered twice, gradients scattered in float32
   sent += layers * keys * (2 * each + 4) * _others(stretches)
   network = train.accumulate * sent / chip.link_bandwidth
-  return Estimate(memory, train_roofline(config, held, 2 * held, sizes["fsdp"], network, chip, mesh.size))
+  return Estimate(memory, train_roofline(config, held, moments, sizes["fsdp"], network, chip, mesh.size))
 
 
 def _others(devices: int) -> float:

@@ -2,11 +2,12 @@
 
 Assumptions. Arithmetic runs at the chip's peak, on `forward_flops_per_token` times three (a backward pass is two
 products for each of the forward pass), four where the forward pass is run again (`model.remat = full`), with the mean
-experts of the budget and the mean of min(window, position) keys. Memory: each micro-batch reads a chip's weights in
-the activations' type once forward and twice backward (once more with remat), and a step reads and writes parameters,
-gradients and both moments in float32. Network: the compiled program's collectives, with bytes as a ring sends them,
-over all links of a chip at once; what goes between slices comes on top, over a chip's share of its host's network. The
-three overlap perfectly, so the step takes as long as the longest.
+experts of the budget and the mean of min(window, position) keys. Frozen weights have one product in the backward pass;
+the few that learn beside them are left out. Memory: each micro-batch reads a chip's weights in the activations' type,
+or in 4 bits as they are, once forward and twice backward (once more with remat, once less if they are frozen), and a
+step reads and writes what learns, its gradients and both moments in float32. Network: the compiled program's
+collectives, with bytes as a ring sends them, over all links of a chip at once; what goes between slices comes on top,
+over a chip's share of its host's network. The three overlap perfectly, so the step takes as long as the longest.
 """
 
 import dataclasses
@@ -99,16 +100,19 @@ def train_roofline(
     chips: of them.
   """
   forward = forward_flops_per_token(config, config.routing.mean_count, mean_context(config))["total"]
-  passes = 4 if config.model.remat == "full" else 3
+  passes = 3 if config.adapt.learns == "all" else 2
+  again = 1 if config.model.remat == "full" else 0
   tokens = config.train.batch_size * config.data.seq_len / chips
-  gathered = parameter_bytes / 4 * itemsize(config) * fsdp  # of the layers, one after another
-  update = 2 * (2 * parameter_bytes + optimizer_bytes)
+  gathered = parameter_bytes * fsdp  # of the layers, one after another
+  if config.adapt.weights == "float32":
+    gathered *= itemsize(config) / 4
+  update = 4 * optimizer_bytes  # two moments, and as many bytes of parameters and gradients, each read and written
   return Roofline(
-    compute=passes * forward * tokens / chip.flops,
-    memory=(passes * config.train.accumulate * gathered + update) / chip.memory_bandwidth,
+    compute=(passes + again) * forward * tokens / chip.flops,
+    memory=((passes + again) * config.train.accumulate * gathered + update) / chip.memory_bandwidth,
     network=network,
-    flops_per_token=passes * forward,
-    model_flops_per_token=3 * forward,
+    flops_per_token=(passes + again) * forward,
+    model_flops_per_token=passes * forward,
   )
 
 

@@ -60,6 +60,7 @@ th[aria-sort=ascending]::after{content:" \\2191"}
 th[aria-sort=descending]::after{content:" \\2193"}a{color:var(--accent)}
 .n{text-align:right}td.wrap{overflow-wrap:anywhere;min-width:10rem}
 .bar{display:inline-block;height:.7rem;background:var(--accent);border-radius:2px}
+pre{overflow-x:auto}
 .passage{white-space:pre-wrap;overflow-wrap:anywhere;font:.9rem/1.75 ui-monospace,monospace;max-width:none;
 background:var(--panel);border-radius:8px;padding:.9rem 1rem;margin:.6rem 0}
 .passage span{border-radius:3px;padding:.1em 0}

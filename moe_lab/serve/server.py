@@ -12,7 +12,6 @@ from collections.abc import Callable
 import uvicorn
 
 from moe_lab.infer.engine import Engine
-from moe_lab.infer.request import Request
 from moe_lab.serve import limits
 from moe_lab.serve.app import make_app
 from moe_lab.serve.connection import Connection
@@ -27,15 +26,6 @@ _CLOSING_SECONDS = 2  # for what is on its way when all requests are answered
 _STEP_SECONDS = 10.0  # for the engine's last step
 
 log = logging.getLogger("moe_lab.serve")
-
-
-def warm_up(engine: Engine) -> None:
-  """Has the engine compile all it will need, so that no client waits for that."""
-  # One after the other: read together, both would take the same program. Twice, since what the engine begins with has
-  # not the types of what its programs return, and is compiled for by itself.
-  for log_probs_from in (None, 1, None, 1):
-    for _ in engine.generate([Request([0], min(2, engine.capacity - 1), log_probs_from=log_probs_from)]):
-      pass
 
 
 class Server:

@@ -1,4 +1,4 @@
-"""Training an adapted model, and what its routing has become beside the base's."""
+"""Making and training an adapted model, and what its routing has become beside the base's."""
 
 import itertools
 import logging
@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from moe_lab.adapt.lora import adapter_coverage
+from moe_lab.adapt.upcycle import upcycled
 from moe_lab.config.schema import Config
 from moe_lab.data.loader import Data, open_data
 from moe_lab.errors import UserError
@@ -17,9 +19,10 @@ from moe_lab.evaluate.fewer import fewer_experts, loss_of
 from moe_lab.io.files import dump_json, write_text
 from moe_lab.routing.base import RouterState
 from moe_lab.train.adapter import write_adapter
-from moe_lab.train.base import Base, check_readable, keep_files, load_base, start_from
+from moe_lab.train.base import Base, check_new, check_readable, keep_files, load_base, start_from, write_run
 from moe_lab.train.loop import train
-from moe_lab.train.state import TrainState, abstract_plain_params
+from moe_lab.train.optimizer import make_optimizer
+from moe_lab.train.state import TrainState, abstract_plain_params, state_of
 from moe_lab.types import Batch
 
 CALIBRATION_BATCHES = 8
@@ -59,6 +62,31 @@ def saved(base: Base, config: Config, state: TrainState, data: Data, split: str 
   budgets = sorted({config.routing.budget, *np.linspace(*config.routing.budgets, BUDGETS).tolist()})
   models = (base.config, routed(base.state)), (config, routed(state))
   return fewer_experts(*models, lambda: data.eval_batches(split, config.train.batch_size), data.class_names, budgets)
+
+
+def upcycle(base: Base, config: Config, workdir: Path, cache_dir: Path, argv: list[str]) -> dict:
+  """Writes a run whose experts are copies of a dense model's MLPs.
+
+  Args:
+    base: the trained run.
+    config: of the new run (`config/modes.py`).
+    workdir: of the new run.
+    cache_dir: for tokenizers.
+    argv: the command, for the record.
+
+  Returns:
+    What adaptation.json holds: the report of `upcycled`, and `losses` of a base that has a tokenizer.
+
+  Raises:
+    UserError: there is something in `workdir`; or as `upcycled`.
+  """
+  check_new(workdir)
+  params, report = upcycled(base.state.params, config, jax.random.key(config.train.seed))
+  state = state_of(config, params, make_optimizer(config.train))._replace(step=base.state.step)
+  if base.fingerprint:
+    report |= losses(base, config, state, open_data(config.data, cache_dir))
+  write_run(workdir, config, base, state, base.manifest, argv, report)
+  return report
 
 
 def train_adapted(base: Base, config: Config, workdir: Path, cache_dir: Path, argv: list[str]) -> dict:

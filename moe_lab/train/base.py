@@ -15,7 +15,7 @@ from moe_lab.adapt.quantise import calibrated
 from moe_lab.config.schema import Config
 from moe_lab.data.tokenizer import RUN_FILES
 from moe_lab.errors import ConfigError, UserError
-from moe_lab.io.checkpoint import Checkpointer
+from moe_lab.io.checkpoint import Checkpointer, in_host_memory
 from moe_lab.io.files import dump_json, write_text
 from moe_lab.io.run import CARRIED, load_run, open_run
 from moe_lab.train.loop import Start
@@ -63,8 +63,7 @@ def load_base(workdir: Path, step: int | None = None) -> Base:
   """Loads a run's checkpoint, the newest if `step` is None; raises UserError as `load_model` does."""
   config, info = load_run(workdir)
   with Checkpointer(workdir, keep=None) as checkpointer:
-    state, meta, step = checkpointer.restore(abstract_state(config), step)
-  state = jax.tree.map(np.asarray, state)
+    state, meta, step = checkpointer.restore(in_host_memory(abstract_state(config)), step)
   fingerprint, manifest = info["tokenizer_fingerprint"], info["data"]
   return Base(workdir, config, state, meta, step, fingerprint, manifest, info.get("imported", {}))
 

@@ -9,7 +9,7 @@ from moe_lab.config.schema import Config
 from moe_lab.data.tokenizer import RUN_FILES, Tokenizer, load_tokenizer
 from moe_lab.errors import UserError
 from moe_lab.infer.engine import Engine
-from moe_lab.io.checkpoint import Checkpointer
+from moe_lab.io.checkpoint import Checkpointer, in_host_memory
 from moe_lab.io.run import load_run
 from moe_lab.nn.transformer import Transformer
 from moe_lab.routing.base import RouterState
@@ -91,13 +91,17 @@ def checked_budget(config: Config, budget: float | None, flag: str = "--budget")
   return budget
 
 
-def load_model(workdir: Path, step: int | None = None, budget: float | None = None) -> LoadedModel:
+def load_model(
+  workdir: Path, step: int | None = None, budget: float | None = None, in_host: bool = False
+) -> LoadedModel:
   """Loads a checkpoint.
 
   Args:
     workdir: of the run.
     step: which checkpoint; None: the newest.
     budget: mean experts to ask for; None: the trained budget.
+    in_host: leave the parameters in host memory, as arrays of numpy, for an engine that puts only some of them onto the
+      device (`resident_experts`).
 
   Raises:
     UserError: no run, no such checkpoint, or a budget out of range.
@@ -106,15 +110,18 @@ def load_model(workdir: Path, step: int | None = None, budget: float | None = No
   budget = checked_budget(config, budget)
   abstract = abstract_state(config)
   with Checkpointer(workdir, keep=None) as checkpointer:
-    state, _, step = checkpointer.restore(abstract, step)
+    state, _, step = checkpointer.restore(in_host_memory(abstract) if in_host else abstract, step)
+  router_state = jax.device_put(state.router_state)  # small, and read at every step
   return LoadedModel(
-    config, Transformer(config), state.params, state.router_state, budget, step, info.get("tokenizer_fingerprint", "")
+    config, Transformer(config), state.params, router_state, budget, step, info.get("tokenizer_fingerprint", "")
   )
 
 
-def load_text_model(workdir: Path, step: int | None = None, budget: float | None = None) -> TextModel:
+def load_text_model(
+  workdir: Path, step: int | None = None, budget: float | None = None, in_host: bool = False
+) -> TextModel:
   """Loads a checkpoint with its tokenizer; arguments and errors as `load_model`'s, and UserError for a run without."""
-  loaded = load_model(workdir, step, budget)
+  loaded = load_model(workdir, step, budget, in_host)
   found = [path for name in RUN_FILES if (path := workdir / name).exists()]
   if not found:
     raise UserError(

@@ -80,7 +80,7 @@ def test_an_adapter_is_the_product_of_its_halves():
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-@pytest.mark.parametrize("weights", ["float32", "int4"])
+@pytest.mark.parametrize("weights", ["float32", pytest.param("int4", marks=pytest.mark.slow)])
 def test_merging_keeps_the_model(weights):
   base, params = trained(), stirred(begun(adapted(lora_rank=4, weights=weights)).params)
   whole = merged(plain(params, tensors(abstract_plain_params(LORA))))

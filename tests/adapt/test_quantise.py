@@ -26,7 +26,7 @@ def make(book):
   return state, *calibrated(CONFIG, state.params, state.router_state, batches(2, seed=5), book)
 
 
-@pytest.mark.parametrize("book", BOOKS)
+@pytest.mark.parametrize("book", [pytest.param("int4", marks=pytest.mark.slow), "nf4"])
 def test_every_expert_and_projection_is_in_4_bits_and_nothing_else(book):
   state, params, report = make(book)
   # One dense layer, two with experts and a shared one; four projections in each.

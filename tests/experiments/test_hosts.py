@@ -53,7 +53,7 @@ def start(place, *arguments, second=""):
 
 def alone(place, *arguments):
   """Trains in one process with eight devices."""
-  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "MOE_LAB_CACHE": str(place / "cache")}
+  flags = {"JAX_NUM_CPU_DEVICES": "8", "MOE_LAB_CACHE": str(place / "cache")}
   environment = two_processes.ENVIRONMENT | flags
   command = [sys.executable, *ARGUMENTS, *arguments]
   done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)

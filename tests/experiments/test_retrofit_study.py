@@ -1,9 +1,12 @@
-"""The retrofit study's summary and page, of measurements that are written down here; and its mistakes."""
+"""The retrofit study's summary and page, of measurements written down here; bases of dense models; and mistakes."""
+
+import json
 
 import pytest
 
 from experiments.retrofit import page, study
 from moe_lab.errors import UserError
+from tests.experiments.test_programs import program, result_of
 
 
 def measured(policy, random, alike, one):
@@ -33,10 +36,36 @@ def test_means_over_seeds_and_what_a_case_proves():
 
 
 def test_the_page_draws_policies_and_controls():
-  drawn = page.page_of({"runs": RUNS, "summary": study.summarised(RUNS), "split": "test"}, "python -m study")
+  found = {"runs": RUNS, "summary": study.summarised(RUNS), "split": "test", "upcycled": []}
+  drawn = page.page_of(found, "python -m study")
   for words in ("policies", "dealt out at random", "every token the mean", "fixed counts", "+0.60%", "proves nothing"):
     assert words in drawn
   assert drawn.count("<figure") == 2
+
+
+def test_the_page_says_whether_upcycled_bases_are_sound():
+  sound = {"seed": 0, "dense": 3.2, "moved": 1e-9, "same": True, "tuned": 3.1, "one_expert_rise": 0.08, "apart": True}
+  broken = sound | {"seed": 1, "moved": 0.1, "same": False, "one_expert_rise": 0.001, "apart": False}
+  text = page.text({"summary": study.summarised(RUNS), "upcycled": [sound, broken]}).splitlines()
+  assert "loss 3.2000 dense; upcycled the same (1.0e-09 apart); 3.1000 trained on, one expert +8.00%" in text[-2]
+  assert "NOT" not in text[-2] and "NOT THE SAME (1.0e-01 apart)" in text[-1] and "COPIES NOT APART" in text[-1]
+
+
+@pytest.mark.slow
+def test_bases_of_dense_models(tmp_path):
+  options = ("--upcycled", "--size=smoke", "--seeds=3", "--arms=curvature", "--steps=4", "--workdir=study")
+  made = result_of(program(tmp_path, "retrofit.study", *options))
+  [upcycled], [row] = made["upcycled"], made["summary"]
+  assert upcycled["seed"] == 3 and upcycled["same"] and 0 < upcycled["tuned"] < upcycled["dense"]
+  assert not upcycled["apart"] and not row["proves"]  # after 26 steps
+  dense, tuned = (json.loads((tmp_path / f"study/{name}-3/config.json").read_text()) for name in ("dense", "tuned"))
+  assert dense["model"]["num_dense_layers"] == 2 and dense["model"]["dense_dim"] == 32
+  assert tuned["model"]["num_experts"] == 16 and tuned["model"]["expert_dim"] == 8 and tuned["routing"]["k"] == 4
+  assert result_of(program(tmp_path, "retrofit.study", *options)) == made  # done: nothing is trained again
+  (tmp_path / "study/tuned-3/adaptation.json").unlink()  # as if it had been cut off before its end
+  assert result_of(program(tmp_path, "retrofit.study", *options)) == made
+  other = program(tmp_path, "retrofit.study", *options, "--budget=2")
+  assert other.returncode == 2 and "config.routing.budget = 2.0" in other.stderr
 
 
 def test_a_mistake_is_a_line(tmp_path):
@@ -45,5 +74,8 @@ def test_a_mistake_is_a_line(tmp_path):
     study.main(tmp_path)
   study.FLAGS(["study", "--arms=ppo", "--bases=one"])
   with pytest.raises(UserError, match="--bases=one: wanted 3, one for each of --seeds"):
+    study.main(tmp_path)
+  study.FLAGS(["study", "--seeds=0", "--bases=one", "--upcycled"])
+  with pytest.raises(UserError, match="--bases=one: wanted without --upcycled"):
     study.main(tmp_path)
   study.FLAGS.unparse_flags()

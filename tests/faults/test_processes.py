@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_one_line(calm):
 def test_begun_on_eight_devices_it_goes_on_with_four_and_with_one(calm):
   workdir = calm.parent / "devices"
   for devices in (8, 4):
-    launch = Launch(workdir, STEPS, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+    launch = Launch(workdir, STEPS, JAX_NUM_CPU_DEVICES=str(devices))
     launch.wait_for(gets_on(workdir))
     launch.process.terminate()
     assert launch.end() == 75, launch.stderr

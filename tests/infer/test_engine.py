@@ -55,6 +55,27 @@ def test_chunks_as_they_are_shipped_go_round_the_rings():
   np.testing.assert_array_equal(out.logits_BLV[0, 599:].argmax(-1), [token.token for token in made])
 
 
+def test_nobody_waits_for_a_compiler_once_the_engine_is_warm(caplog):
+  config, params, state = make("topk_rotary_dense")
+  placed = jax.device_put(params, jax.devices()[0])  # as weights from a checkpoint are
+  served = Engine(config, placed, state, slots=5, capacity=128, chunk=48, steps=2)
+
+  def compiled():
+    caplog.clear()
+    # A short prompt alone, a long one, one whose end is short, several of both, scores, and all who decode.
+    lengths = [5], [48], [50], [3, 2], [40, 3, 70, 33, 7]
+    with jax.log_compiles():
+      for together in lengths:
+        responses(served, [Request(prompt(n), 3) for n in together])
+      responses(served, [Request(prompt(9), 3, log_probs_from=1)])
+    return [r.message for r in caplog.records if r.message.startswith(("Compiling jit(read)", "Compiling jit(decode)"))]
+
+  with jax.log_compiles():
+    served.warm_up()
+  assert len([r for r in caplog.records if r.message.startswith("Compiling jit(")]) >= 6  # or they are told otherwise
+  assert not compiled()
+
+
 def test_a_response_does_not_depend_on_the_others():
   mine = Request(prompt(20), 40, temperature=1.0, top_p=0.95, min_p=0.01, seed=5, budget=2.5)
   others = [Request(prompt(n, n), 25, temperature=2.0, seed=n, budget=1 + n / 20) for n in (3, 40, 18)]

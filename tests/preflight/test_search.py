@@ -4,11 +4,15 @@ import dataclasses
 
 import pytest
 
+from moe_lab.adapt.tensors import part_of, tensors
+from moe_lab.config.adapt import AdaptConfig
 from moe_lab.config.mesh import MeshConfig
 from moe_lab.errors import UserError
+from moe_lab.nn.weights import FAMILY
 from moe_lab.preflight.chips import CHIPS
 from moe_lab.preflight.estimate import estimate, weights_of
 from moe_lab.preflight.search import MARGIN, candidates, legal_meshes, rank, search
+from moe_lab.train.state import abstract_plain_params, abstract_state
 from tests.preflight.test_report import CONFIG
 
 
@@ -27,6 +31,41 @@ def test_sharing_saves_memory_and_costs_network():
   shared = estimate(CONFIG, weights, MeshConfig(fsdp=4).sizes(4), chip)
   assert shared.bytes_per_chip < apart.bytes_per_chip
   assert shared.roofline.compute == apart.roofline.compute
+
+
+def test_only_what_learns_has_gradients_and_moments():
+  chip, sizes = CHIPS["v5e"], MeshConfig(fsdp=2, expert=2).sizes(4)
+  trained = estimate(CONFIG, weights_of(CONFIG), sizes, chip)
+  lora = dataclasses.replace(CONFIG, adapt=AdaptConfig(lora_rank=4, router="frozen"))
+  weights = weights_of(lora)
+  adapted = estimate(lora, weights, sizes, chip)
+  in_adapters = sum(w.size for w in weights if w.learns)
+  assert in_adapters == sum(
+    leaf.size for path, leaf in tensors(abstract_state(lora).params).items() if part_of(path[-1])
+  )
+  parts = [sum(w.part(sizes) for w in group) for group in (weights_of(CONFIG), [w for w in weights if w.learns])]
+  # Moments and gradients: 12 bytes of each number that learns. Its value, 4 bytes, and that the backward pass of a
+  # layer has its experts' adapters at hand too, come on top.
+  at_hand = 2 * 4 * sum(w.part(sizes, "fsdp") for w in weights if w.learns and w.of_experts) / CONFIG.model.num_layers
+  saved = 12 * parts[0] - 16 * parts[1] - at_hand
+  assert trained.bytes_per_chip - adapted.bytes_per_chip == pytest.approx(saved)
+  assert adapted.roofline.network < trained.roofline.network
+  assert adapted.roofline.compute == pytest.approx(trained.roofline.compute * 2 / 3)
+
+
+def test_weights_in_4_bits_are_held_as_they_are():
+  chip, sizes = CHIPS["v5e"], MeshConfig(fsdp=4).sizes(4)
+  config = dataclasses.replace(CONFIG, adapt=AdaptConfig(weights="nf4", lora_rank=4))
+  weights = weights_of(config)
+  coded = sum(w.size for w in weights if w.itemsize == 1)
+  in_4_bits = sum(tensor.size for path, tensor in tensors(abstract_plain_params(config)).items() if path[-1] in FAMILY)
+  assert 8 * coded == 4.5 * in_4_bits and not any(w.learns for w in weights if w.itemsize == 1)
+  plain = dataclasses.replace(config, adapt=AdaptConfig(lora_rank=4))
+  gap = (
+    estimate(plain, weights_of(plain), sizes, chip).bytes_per_chip
+    - estimate(config, weights, sizes, chip).bytes_per_chip
+  )
+  assert gap > (4 - 4.5 / 8) * in_4_bits / 4  # and a layer's experts, gathered
 
 
 def test_those_that_fit_come_first():

@@ -17,7 +17,7 @@ from moe_lab.data.tokenizer import train_tokenizer
 from moe_lab.infer.engine import Engine
 from moe_lab.nn.transformer import Transformer
 from moe_lab.routing.registry import make_router
-from moe_lab.serve.server import Server, warm_up
+from moe_lab.serve.server import Server
 
 NAME = "small"
 VOCAB = 360
@@ -74,7 +74,7 @@ class Running:
 @contextlib.contextmanager
 def running(made: Engine, **arguments):
   """Yields a server on a free port of the loopback; made: an engine that serves nobody; arguments: of `Server`."""
-  warm_up(made)
+  made.warm_up()
   listener = socket.create_server(("127.0.0.1", 0))
   listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)  # as the program has it, but less
   port = listener.getsockname()[1]

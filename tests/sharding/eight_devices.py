@@ -8,7 +8,7 @@ from pathlib import Path
 
 def run(checks: str) -> None:
   """Runs a script on eight CPU devices; it ends by printing "all equal"."""
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
   root = Path(__file__).parents[2]
   done = subprocess.run([sys.executable, "-c", checks], cwd=root, env=environment, capture_output=True, text=True)
   assert done.stdout.strip() == "all equal", done.stderr[-4000:]

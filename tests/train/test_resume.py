@@ -65,7 +65,8 @@ def test_the_result_has_the_contract_keys(calm):
   assert run["data"][0]["source"] == "synthetic:difficulty"
 
 
-@pytest.mark.parametrize("stop_at", [4, 5])  # on a checkpoint's step, and between two
+# On a checkpoint's step, and between two.
+@pytest.mark.parametrize("stop_at", [pytest.param(4, marks=pytest.mark.slow), 5])
 def test_a_resumed_run_is_the_same_bit_for_bit(calm, tmp_path, stop_at, monkeypatch):
   places = []  # of the state, at each step: of other places is another program, which a restart would have to compile
 

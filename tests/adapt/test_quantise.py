@@ -112,7 +112,7 @@ def test_calibration_lowers_the_error_of_products(book):
   assert error(squares) < error(None)
 
 
-@pytest.mark.parametrize("book", BOOKS)
+@pytest.mark.parametrize("book", [pytest.param("int4", marks=pytest.mark.slow), "nf4"])
 def test_a_trained_model_keeps_its_loss_and_mostly_its_routing(book):
   state, params, report = make(book)
   drift = routing_drift(

@@ -87,7 +87,7 @@ def _documents(workdir: Path) -> dict:
     budget=loaded.budget, splits=(FLAGS.split,),
   )  # fmt: skip
   del report["passage"]
-  return {"val_loss": report.pop(f"{SHORT[FLAGS.split]}_loss")} | report | {"step": loaded.step, "workdir": workdir}
+  return report | {"step": loaded.step, "workdir": workdir}
 
 
 def _suite(workdir: Path) -> dict:

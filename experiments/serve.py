@@ -103,6 +103,7 @@ def main(workdir: Path) -> dict:
 
     model = load_text_model(workdir, FLAGS.step, FLAGS.budget)
     engine = model.engine(slots=FLAGS.slots, capacity=FLAGS.context, steady=FLAGS.steady)
+    print(f"compiling for {FLAGS.slots} slots; requests wait until it is done", file=sys.stderr, flush=True)
     engine.warm_up()
     name = FLAGS.name or workdir.resolve().name.encode("utf-8", "replace").decode()
     server = Server(

@@ -115,10 +115,13 @@ def _connect(address: str) -> None:
   _check_answer(address)
   import ray
 
+  heard = signal.getsignal(signal.SIGTERM)
   try:
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
   except (ConnectionError, RuntimeError, ValueError) as error:  # other versions of Ray or Python, say
     raise UserError(f"--ray_address={address}: {' '.join(str(error).split())}") from None
+  finally:
+    signal.signal(signal.SIGTERM, heard)  # Ray's own ends the process at once, and with it every run that is not saved
 
 
 def _check_answer(address: str) -> None:

@@ -84,6 +84,8 @@ def test_evaluate(place):
   assert keys <= validation.keys()
   trained = json.loads((place / "run" / "evaluation.json").read_text())
   assert validation["val_loss"] == pytest.approx(trained["val_loss"], rel=1e-6)
+  test = result_of(program(place, "evaluate", "--workdir=run", "--split=test"))
+  assert test["test_loss"] == pytest.approx(trained["test_loss"], rel=1e-6) and "val_loss" not in test
   refused = program(place, "evaluate", "--workdir=run", "--budget=3")
   assert refused.returncode == 2 and "--budget=3: wanted 2, what the run was trained for" in refused.stderr
 

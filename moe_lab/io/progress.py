@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-_WINDOW = 20  # updates over which the speed for the ETA is taken; the first steps compile and say nothing
+_WINDOW = 20  # updates over which the speed for the time left is taken; the first steps compile and say nothing
 _BAR_WIDTH = 24
 
 
@@ -72,7 +72,7 @@ class Progress:
     self._left, self._right = f"step {step}/{self._total}", "  ".join(parts)
     if self._live is None:
       eta = self._eta()
-      self._print("  ".join(part for part in (self._left, self._right, eta and f"ETA {eta}") if part))
+      self._print("  ".join(part for part in (self._left, self._right, eta and f"{eta} left") if part))
 
   def note(self, text: str) -> None:
     """Prints a line that stays, such as the result of an evaluation."""
@@ -95,7 +95,7 @@ class Progress:
 
   def _render(self) -> Text:
     eta = self._eta()
-    right = "  ".join(part for part in (self._right, eta and f"ETA {eta}") if part)
+    right = "  ".join(part for part in (self._right, eta and f"{eta} left") if part)
     left = self._left or f"step 0/{self._total}"
     line = Text(f"{left} ", no_wrap=True, overflow="ellipsis")
     width = min(_BAR_WIDTH, self._console.width - len(left) - len(right) - 4)

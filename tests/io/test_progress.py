@@ -32,7 +32,7 @@ def test_plain_lines_away_from_a_terminal(capsys, seconds):
   # 10 steps in 2 s, 980 to go: 196 s.
   assert err.splitlines() == [
     "step 10/1000  loss 3.21  experts 2.04/2.00  12.3k tok/s",
-    "step 20/1000  loss 3.10  ETA 3:16",
+    "step 20/1000  loss 3.10  3:16 left",
     "validation 3.05 nats",
     "step 1000/1000  loss 2.00",
   ]
@@ -52,7 +52,7 @@ def test_one_line_on_a_terminal(monkeypatch, capsys, seconds):
     line = progress._render().plain
     print("result")
   assert line.startswith("step 340/1000 ━━━━━━━━╸━") or line.startswith("step 340/1000 ━━━━━━━━━")
-  assert line.endswith("loss 3.21  experts 2.04/2.00  12.3k tok/s  ETA 1:06")
+  assert line.endswith("loss 3.21  experts 2.04/2.00  12.3k tok/s  1:06 left")
   assert len(line) < 100
   assert "[eval] 3.05" in terminal.getvalue() and "step 340/1000" in terminal.getvalue()
   assert capsys.readouterr().out == "result\n"

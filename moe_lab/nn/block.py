@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+from einops import repeat
 
 from moe_lab.config.schema import ModelConfig, RoutingConfig
 from moe_lab.nn.attention import Attention, LayerCache
@@ -74,10 +75,12 @@ class Block(nn.Module):
     if not self.moe:
       return x_BLD + MLP(self.model.dense_dim, out_scale, name="mlp")(normed_BLD), (None, cache)
 
-    batch, length, dim = x_BLD.shape
+    length, dim = x_BLD.shape[1:]
 
     def per_token(value_B):
-      return value_B.repeat(length, total_repeat_length=batch * length)
+      # Not `jnp.repeat` with a total length: it sums constants cumulatively, which XLA evaluates while it
+      # compiles, in time that grows with the square of the tokens: minutes for the millions of a pod.
+      return repeat(value_B, "B -> (B l)", l=length)
 
     context = RouterContext(
       mask_T=(shared.segment_BL != 0).reshape(-1),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,15 @@ def test_scan_equals_the_layers_one_by_one():
     x, _ = block({"params": one[0]}, x, LayerInputs(one[1], None, Decisions(), None), shared)
   x = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * p["final_norm"]["gain_D"]
   np.testing.assert_allclose(x @ p["head_VD"].T, forward(config, variables, tokens).logits_BLV, atol=2e-5)
+
+
+def test_no_sum_runs_along_all_tokens():
+  # XLA evaluates one over constants while it compiles, and 4M tokens took it ten minutes.
+  config, tokens = make(), jnp.asarray(random_tokens(3), jnp.int32)
+  state = make_router(config.routing).initial_state(moe_layers(config), config.model.num_experts)
+  program = jitted(config).lower(parameters(config), tokens, jnp.ones_like(tokens), jnp.full(3, 2.0), state).as_text()
+  windows = re.findall(r"window_dimensions = array<i64: ([\d, ]+)>", program)
+  assert not [window for window in windows if str(tokens.size) in window.split(", ")]
 
 
 @functools.cache

@@ -214,6 +214,7 @@ def _responses_file() -> Path:
 def _file(model: _Model, path: Path) -> dict:
   from moe_lab.infer.responses import finished, read_prompts
   from moe_lab.io.files import dump_json
+  from moe_lab.io.progress import Count
 
   out = _responses_file()
   lines, requests = read_prompts(path), []
@@ -230,13 +231,12 @@ def _file(model: _Model, path: Path) -> dict:
   except OSError as error:
     raise UserError(f"--out={out}: {error.strerror}") from None
   responses, started = [], time.monotonic()
-  with file:
+  with file, Count("answered", len(requests)) as count:
     for index, response in finished(engine, requests):
       fields = {"index": index, "prompt": lines[index][1]} | dataclasses.asdict(response)
       print(dump_json(fields | {"mean_experts": response.mean_experts}), file=file, flush=True)
       responses.append(response)
-      print(f"\r{len(responses)} of {len(requests)}", end="", file=sys.stderr, flush=True)
-  print(file=sys.stderr)
+      count.add()
   return {"prompts": len(requests), "file": out} | model.result(responses, engine, time.monotonic() - started)
 
 

@@ -74,7 +74,7 @@ def _run(main: Callable[..., dict | None], flags: absl_flags.FlagValues, one_are
 
 
 def _preempted(*_) -> None:
-  print("SIGTERM: nothing to save; the same command starts again", file=sys.stderr, flush=True)
+  print("SIGTERM: stopped before its end", file=sys.stderr, flush=True)
   raise SystemExit(PREEMPTED)
 
 

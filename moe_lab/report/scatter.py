@@ -9,7 +9,7 @@ from moe_lab.report.numbers import is_number, scaled, ticks
 from moe_lab.report.svg import open_svg, scale, text, tick_text
 
 _WIDTH, _HEIGHT = 480, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 10, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 68, 14, 10, 38
 _COLOURS = 8
 _SIZE = 4.5  # of a mark, from its middle
 # Paths around (0, 0): circle, square, triangle, diamond, triangle on its tip; with eight colours, forty pairs.

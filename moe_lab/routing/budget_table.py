@@ -34,6 +34,11 @@ def targets(config: RoutingConfig) -> np.ndarray | float:
   return np.maximum(share * knots(config), config.k_min)
 
 
+def mean_asked(asked: np.ndarray, config: RoutingConfig) -> float:
+  """Returns the budget that tokens asked for on average: `asked` has their number, or [J] those of each knot."""
+  return float(asked @ knots(config) / max(asked.sum(), 1e-6)) if config.budget_range else config.budget
+
+
 def shares(budget_T: jax.Array, config: RoutingConfig) -> jax.Array:
   """Returns how much of each knot a budget is made of: ones [T], or [T, J] with rows that sum to one."""
   if not config.budget_range:

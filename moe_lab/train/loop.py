@@ -27,6 +27,7 @@ from moe_lab.io.run import Run, open_run
 from moe_lab.io.writers import MetricsWriter, NoWriter, read_metrics
 from moe_lab.nn.transformer import Transformer
 from moe_lab.ops import native
+from moe_lab.routing import budget_table
 from moe_lab.sharding.mesh import mesh_or_none
 from moe_lab.sharding.rules import on_devices, params_shardings, state_shardings
 from moe_lab.train.losses import num_twins
@@ -242,7 +243,7 @@ class _Training:
     seconds = time.monotonic() - started
     self.ledger.add(record, metrics, first)
     routing = self.config.routing
-    budget = None if routing.fixed else routing.budget
+    budget = None if routing.fixed else budget_table.mean_asked(np.asarray(metrics.asked), routing)
     speed = self.ledger.tokens_per_step * (step - first) / seconds
     record = self._position("train", step) | record | {"tokens_per_second": speed, "budget": budget}
     if not routing.learns_counts:

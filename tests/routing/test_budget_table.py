@@ -7,7 +7,7 @@ import pytest
 
 from moe_lab.config.schema import RoutingConfig
 from moe_lab.errors import ConfigError
-from moe_lab.routing.budget_table import NUM_KNOTS, at, draw_budgets, knots, shares, table_shape, targets
+from moe_lab.routing.budget_table import NUM_KNOTS, at, draw_budgets, knots, mean_asked, shares, table_shape, targets
 
 ONE, RANGE = RoutingConfig(budget=3.0), RoutingConfig(budget_range=(1.0, 8.0))
 
@@ -30,6 +30,13 @@ def test_knots_and_shares_by_hand():
   np.testing.assert_allclose(shares(budget_T, RANGE), want, atol=1e-5)
   # A table that is linear in log budget is read exactly.
   np.testing.assert_allclose(at(jnp.log(knots(RANGE)), budget_T[:4], RANGE), np.log(budget_T[:4]), atol=1e-5)
+
+
+def test_the_mean_of_what_was_asked_for():
+  assert mean_asked(np.asarray(5.0), ONE) == 3.0
+  asked = np.zeros(NUM_KNOTS)
+  asked[[0, 7]] = 30, 10
+  assert mean_asked(asked, RANGE) == pytest.approx(30 / 40 * 1 + 10 / 40 * 8)
 
 
 def test_at_most_aims_a_little_under_every_knot():

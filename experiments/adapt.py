@@ -43,11 +43,13 @@ def main(workdir: Path, config: Config | None = None) -> dict:
     raise UserError(f"--adapter={FLAGS.adapter}: wanted with --mode=merge only")
   folder = Path(FLAGS.base).expanduser()
   config = modes.adapted(FLAGS.mode, of_run(FLAGS.base), config, folder, FLAGS.adapter)
+  from moe_lab.report.run_page import write_report
   from moe_lab.train.base import load_base
 
   base = load_base(folder, FLAGS.step)
   make = {"quantise": _quantised, "merge": _merged, "upcycle": _upcycled}.get(FLAGS.mode, _trained)
-  return {"mode": FLAGS.mode} | make(base, config, workdir) | {"workdir": workdir}
+  made = make(base, config, workdir)
+  return {"mode": FLAGS.mode} | made | {"report": write_report(workdir), "workdir": workdir}
 
 
 def _quantised(base, config: Config, workdir: Path) -> dict:
@@ -90,11 +92,9 @@ def _merged(base, config: Config, workdir: Path) -> dict:
 
 
 def _trained(base, config: Config, workdir: Path) -> dict:
-  from moe_lab.report.run_page import write_report
   from moe_lab.train.adapted import train_adapted
 
-  report = train_adapted(base, config, workdir, program.cache_dir(), sys.argv)
-  return report | {"report": write_report(workdir)}
+  return train_adapted(base, config, workdir, program.cache_dir(), sys.argv)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from moe_lab.errors import UserError
 from moe_lab.io.progress import clock
 from moe_lab.io.run import load_run
 from moe_lab.io.writers import read_metrics
+from moe_lab.report.adaptation_section import adaptation_section
 from moe_lab.report.curves import budget_section, loss_section
 from moe_lab.report.goodput import goodput
 from moe_lab.report.numbers import is_number, number, scaled
@@ -36,7 +37,7 @@ def write_report(workdir: Path) -> Path:
   records = sorted(read_metrics(workdir), key=lambda record: record.get("step") or 0)
   train = [record for record in records if record.get("kind") == "train"]
   evals = [record for record in records if record.get("kind") == "eval"]
-  final = _read_evaluation(workdir / "evaluation.json")
+  final = _read_object(workdir / "evaluation.json")
 
   load, where = final.get("load"), "held-out text, greedy counts"
   if not load:
@@ -50,6 +51,8 @@ def write_report(workdir: Path) -> Path:
     ("By class of token", class_section(final.get("by_class"))),
     ("Where the experts went in a text", text or note("No passage: the evaluation at the end of training writes it.")),
   ]
+  if adapted := _read_object(workdir / "adaptation.json"):
+    sections.insert(0, ("Against the base", adaptation_section(adapted)))
   if suites := read_suites(workdir):
     sections.append(("Evaluation suites", suites_section(suites)))
   sections.append(("How it was made", _origin(config, info, train)))
@@ -169,7 +172,7 @@ def _value(value: object) -> str:
   return escape(text if len(text) <= 200 else text[:200] + "...")
 
 
-def _read_evaluation(path: Path) -> dict:
+def _read_object(path: Path) -> dict:
   try:
     found = parse(path.read_text(encoding="utf-8"))
   except FileNotFoundError:

@@ -187,3 +187,25 @@ def test_a_passage_of_equal_counts():
   text = passage([{"text": "a", "experts": 2.0}, {"text": "b", "experts": 2.0}])
   assert "2.00 experts" in text
   assert passage([]) == ""
+
+
+def test_what_adapting_changed_comes_first(tmp_path):
+  write_run(tmp_path)
+  report = {
+    "tensors": {"experts": 6},
+    "bits_per_weight": 4.25,
+    "drift_source": {"loss_before": 3.5, "loss_after": 3.25, "flips": 0.125, "flips_by_layer": [0.1, 0.15]},
+    "drift_target": {"loss_before": 4.5, "flips": 0.0625},
+    "fewer_experts": {
+      "full": {"experts": 4.0, "loss": 3.0},
+      "policy": [{"budget": 2.75, "experts": 3.0, "loss": 3.03, "saved": 0.25, "rise": 0.01}],
+    },
+  }
+  (tmp_path / "adaptation.json").write_text(json.dumps(report))
+  text = write_report(tmp_path).read_text()
+  assert Reader(text).headings[0] == "Against the base"
+  section = text[text.index("Against the base</h2>") : text.index("Loss</h2>")]
+  for cell in ("tensors: experts", "4.25", "source", "target", "0.0625", "the policy&#x27;s", "+25.00%", "+1.00%"):
+    assert f">{cell}<" in section, cell
+  (tmp_path / "adaptation.json").unlink()
+  assert "Against the base" not in write_report(tmp_path).read_text()

@@ -62,4 +62,6 @@ def _plain_numbers(report: Mapping, prefix: str = "") -> list[tuple[str, float]]
 
 
 def _exact(value: object) -> str:
-  return f"{value:,.5g}" if is_number(value) else "–"
+  if not is_number(value):
+    return "–"
+  return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"

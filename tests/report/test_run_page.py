@@ -194,7 +194,13 @@ def test_what_adapting_changed_comes_first(tmp_path):
   report = {
     "tensors": {"experts": 6},
     "bits_per_weight": 4.25,
-    "drift_source": {"loss_before": 3.5, "loss_after": 3.25, "flips": 0.125, "flips_by_layer": [0.1, 0.15]},
+    "drift_source": {
+      "loss_before": 3.5,
+      "loss_after": 3.25,
+      "flips": 0.125,
+      "flips_by_layer": [0.1, 0.15],
+      "tokens": 256785,
+    },
     "drift_target": {"loss_before": 4.5, "flips": 0.0625},
     "fewer_experts": {
       "full": {"experts": 4.0, "loss": 3.0},
@@ -205,7 +211,17 @@ def test_what_adapting_changed_comes_first(tmp_path):
   text = write_report(tmp_path).read_text()
   assert Reader(text).headings[0] == "Against the base"
   section = text[text.index("Against the base</h2>") : text.index("Loss</h2>")]
-  for cell in ("tensors: experts", "4.25", "source", "target", "0.0625", "the policy&#x27;s", "+25.00%", "+1.00%"):
+  for cell in (
+    "tensors: experts",
+    "4.25",
+    "source",
+    "target",
+    "256,785",
+    "0.0625",
+    "the policy&#x27;s",
+    "+25.00%",
+    "+1.00%",
+  ):
     assert f">{cell}<" in section, cell
   (tmp_path / "adaptation.json").unlink()
   assert "Against the base" not in write_report(tmp_path).read_text()

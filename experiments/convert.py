@@ -4,7 +4,7 @@
     python -m experiments.convert --from=MODEL.gguf --to=runs/imported
     python -m experiments.convert --from=runs/imported --to=FOLDER        # for transformers
 
-A run is known by its run.json. Nothing is overwritten. Needs the extra hf: pip install 'moe_lab[hf]'.
+A run is known by its run.json. Nothing is overwritten. Needs the extra hf: pip install -e '.[hf]'.
 """
 
 import sys

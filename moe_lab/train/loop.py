@@ -142,6 +142,11 @@ def _train(
       Watchdog(step_timeout, workdir, jax.process_index()) as watchdog,
       Progress(config.train.steps, shown=first) as progress,
     ):
+      if config.routing.learns_counts and config.train.steps <= config.routing.warmup_steps:
+        progress.note(
+          f"all of train.steps = {config.train.steps} lie within routing.warmup_steps = {config.routing.warmup_steps}, "
+          "whose counts are drawn at random: no policy is learned"
+        )
       if jax.default_backend() == "cpu":
         run.note(cpu_kernels="native" if native.available() else "XLA")
       parts = (config, mesh, run, data, checkpointer, writer, watchdog, progress, preemption, stop_at, start)

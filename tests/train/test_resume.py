@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,14 @@ def test_another_config_is_refused_and_nothing_is_written(calm):
   with pytest.raises(UserError, match="config.train.learning_rate"):
     train(other, workdir, workdir / "cache", ["test"])
   assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("warmup, said", [(8, True), (7, False)])
+def test_a_run_that_is_all_warm_up_says_so(tmp_path, monkeypatch, capsys, warmup, said):
+  monkeypatch.setattr(loop, "_Training", lambda *parts: SimpleNamespace(run=dict))
+  config = dataclasses.replace(CONFIG, routing=dataclasses.replace(CONFIG.routing, warmup_steps=warmup))
+  train(config, tmp_path / "run", tmp_path / "cache", ["test"])
+  assert ("no policy is learned" in capsys.readouterr().err) == said
 
 
 @pytest.mark.fault("gradient not finite, or a spike")

@@ -99,7 +99,11 @@ def test_halves_that_do_not_belong_together_are_one_line():
 
 @pytest.mark.parametrize(
   ("weights", "router"),
-  [("float32", "frozen"), ("float32", "trained"), pytest.param("nf4", "held", marks=pytest.mark.slow)],
+  [
+    ("float32", "frozen"),
+    pytest.param("float32", "trained", marks=pytest.mark.slow),
+    pytest.param("nf4", "held", marks=pytest.mark.slow),
+  ],
 )
 def test_only_adapters_and_a_router_that_may_learn(weights, router):
   config = adapted(lora_rank=4, weights=weights, router=router)

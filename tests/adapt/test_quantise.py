@@ -145,6 +145,7 @@ def test_a_missed_or_foreign_tensor_is_one_line():
   fails({k: v for k, v in after.items() if k not in (coded, scale)}, "4 tensors of experts.*wanted 6", gone)
 
 
+@pytest.mark.slow
 def test_unrolled_parameters_are_counted_alike():
   state = trained()
   params = unstack_layers(state.params)

@@ -46,7 +46,7 @@ def logits(config, state):
 
 @pytest.mark.parametrize(
   ("num_experts", "expert_dim", "k", "copies", "pieces"),
-  [(8, 48, 2, 8, 1), (16, 12, 8, 4, 4), (3, 16, 3, 1, 3)],
+  [pytest.param(8, 48, 2, 8, 1, marks=pytest.mark.slow), (16, 12, 8, 4, 4), (3, 16, 3, 1, 3)],
 )
 def test_the_same_function(num_experts, expert_dim, k, copies, pieces):
   base, dense, config, state, report = made(num_experts, expert_dim, k)

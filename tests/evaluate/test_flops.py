@@ -48,7 +48,7 @@ def layer(config: Config):
   return lambda params, x_BLD: block.apply(params, x_BLD, inputs, shared), params, x_BLD
 
 
-@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("shared", [pytest.param(0, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_within_a_tenth_of_the_compilers_count(name, shared):
   model = dataclasses.replace(MODEL, num_shared_experts=shared)

@@ -61,7 +61,7 @@ CASES |= {f"{method}, any budget": dict(method=method, budget_range=(1.5, 4.0)) 
 
 
 # The others take as long, and are alike.
-QUICK = ("random_k", "top_p_pi", "null_experts", "straight_through", "dynamic, any budget")
+QUICK = ("random_k", "straight_through", "dynamic, any budget")
 
 
 @pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])

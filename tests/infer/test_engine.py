@@ -31,10 +31,7 @@ def responses(served, requests):
   return made
 
 
-# "windowed" is "windowed_interpolated" but for a factor, and test_cache.py has its cache.
-@pytest.mark.parametrize(
-  "name", [pytest.param(n, marks=pytest.mark.slow) if n == "windowed" else n for n in sorted(CONFIGS)]
-)
+@pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_greedy_decoding_equals_the_full_forward_pass(name):
   # Five requests on three slots; prompts end within a chunk and at its end, and responses wrap the first ring.
   requests = [Request(prompt(n, n), max_tokens=m) for n, m in ((1, 90), (16, 12), (33, 3), (13, 30), (100, 1))]

@@ -333,12 +333,18 @@ def _is_not_of_a_failed_save(record: logging.LogRecord) -> bool:
   return "OCDBT database" not in str(error)
 
 
-def _ignore_closed_loops(unraisable) -> None:
-  """As the hook before, but silent about TensorStore's threads, which tell a loop that a failed read has closed."""
-  if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+def _ignore_abandoned_reads(unraisable) -> None:
+  """As the hook before, but silent about the other reads of a checkpoint when one has failed.
+
+  Orbax leaves them as they are: TensorStore's threads tell a loop that is closed, and a read that is collected half way
+  raises anew, with a trace, at any time later.
+  """
+  closed = unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"
+  code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+  if not closed and not (code and "/orbax/checkpoint/" in code.co_filename):
     _hook_before(unraisable)
 
 
 logging.getLogger("absl").addFilter(_is_news)
 logging.getLogger("asyncio").addFilter(_is_not_of_a_failed_save)
-_hook_before, sys.unraisablehook = sys.unraisablehook, _ignore_closed_loops
+_hook_before, sys.unraisablehook = sys.unraisablehook, _ignore_abandoned_reads

@@ -1,4 +1,6 @@
+import gc
 import shutil
+import sys
 from typing import NamedTuple
 
 import jax
@@ -9,6 +11,7 @@ import pytest
 from flax import struct
 
 from moe_lab.errors import RunError, UserError
+from moe_lab.io import checkpoint
 from moe_lab.io.checkpoint import Checkpointer, saved_steps
 
 
@@ -204,6 +207,32 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
       reader.restore(abstract(state), step=2)
     assert "\n" not in str(caught.value) and 'Error reading "x/' in str(caught.value)
     assert reader.restore(abstract(state))[2] == 1
+
+
+READ = """
+async def read():
+  try:
+    await never
+  except BaseException as error:
+    raise ValueError("read half way") from error
+"""
+
+
+@pytest.mark.parametrize("file, told", [("/lib/orbax/checkpoint/_src/x.py", 0), ("/lib/other.py", 1)])
+def test_reads_that_orbax_abandons_say_nothing(monkeypatch, file, told):
+  class Never:
+    def __await__(self):
+      yield
+
+  heard, names = [], {"never": Never()}
+  exec(compile(READ, file, "exec"), names)
+  monkeypatch.setattr(checkpoint, "_hook_before", heard.append)
+  monkeypatch.setattr(sys, "unraisablehook", checkpoint._ignore_abandoned_reads)
+  reading = names["read"]()
+  reading.send(None)
+  del reading
+  gc.collect()
+  assert len(heard) == told
 
 
 @pytest.mark.fault("a save in the background fails")

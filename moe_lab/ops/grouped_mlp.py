@@ -133,8 +133,7 @@ def _tokamax(x, y, group_sizes_E, contracted: tuple[int, int], groups: tuple[int
 
 
 @jax.custom_vjp
-def tokamax_dot(x_RD, w_EDF, group_sizes_E):
-  """As `grouped_dot`, by tokamax."""
+def _tokamax_dot(x_RD, w_EDF, group_sizes_E):
   return _tokamax(x_RD, w_EDF, group_sizes_E, (1, 1), (0,))
 
 
@@ -147,7 +146,15 @@ def _tokamax_dot_backward(saved, dy_RF):
   return dx_RD.astype(x_RD.dtype), dw_EDF.astype(w_EDF.dtype), None
 
 
-tokamax_dot.defvjp(lambda *inputs: (tokamax_dot(*inputs), inputs), _tokamax_dot_backward)
+_tokamax_dot.defvjp(lambda *inputs: (_tokamax_dot(*inputs), inputs), _tokamax_dot_backward)
+
+
+def tokamax_dot(x_RD, w_EDF, group_sizes_E):
+  """As `grouped_dot`, by tokamax, whose kernels for Hopper want rows of multiples of 16 bytes."""
+  width, unit = w_EDF.shape[2], 16 // x_RD.dtype.itemsize
+  more_d, more_f = -w_EDF.shape[1] % unit, -width % unit
+  x_RD = jnp.pad(x_RD, ((0, 0), (0, more_d)))
+  return _tokamax_dot(x_RD, jnp.pad(w_EDF, ((0, 0), (0, more_d), (0, more_f))), group_sizes_E)[:, :width]
 
 
 def _by_dots(x_RD, weights: ExpertWeights, group_sizes_E, dot):

@@ -18,7 +18,7 @@ def adaptation_section(report: Mapping) -> str:
   """Returns the tables of adaptation.json: drift from the base, what fewer experts cost, and its other numbers."""
   drifts = {name: value for name, value in report.items() if name.startswith("drift") and isinstance(value, Mapping)}
   body = _drift_table(drifts) if drifts else ""
-  if fewer := report.get("fewer_experts"):
+  if isinstance(fewer := report.get("fewer_experts"), Mapping):
     body += _fewer_table(fewer)
   others = _plain_numbers({name: value for name, value in report.items() if name not in (*drifts, "fewer_experts")})
   return body + (

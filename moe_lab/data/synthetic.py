@@ -86,22 +86,28 @@ def _assign(column: int, free: np.ndarray, symbols: np.ndarray, column_of: np.nd
   return False
 
 
-def sample_row(task: str, seed: int, split: str, index: int, row_length: int) -> tuple[np.ndarray, np.ndarray]:
+def sample_row(task: str, seed: int, split: str, index: int, row_length: int) -> Batch:
   """Draws one row.
 
   Validation and test do not depend on the seed, so runs with different seeds are compared on the same rows.
 
   Returns:
-    tokens int32 [row_length] and classes int32 [row_length], indices into the task's class names: how each token, as a
-    target, can be predicted.
+    tokens, segments and classes, int32 [row_length] each; classes are indices into the task's class names: how each
+    token, as a target, can be predicted.
   """
   stream = SPLITS.index(split)
   key = np.array([seed % 2**64 if split == "train" else 0, (stream << 56) + index], np.uint64)
   rng = np.random.Generator(np.random.Philox(key=key))
+  if task == "retrieval":
+    return Batch(*retrieval.draw(rng, row_length, training=split == "train"))
+  tokens, classes = _one_document(task, rng, row_length)
+  return Batch(tokens, np.ones_like(tokens), classes)
+
+
+def _one_document(task: str, rng: np.random.Generator, row_length: int) -> tuple[np.ndarray, np.ndarray]:
+  """Draws a row's tokens and classes, of tasks whose rows are one document."""
   if task == "queries":
     return queries.draw(rng, row_length)
-  if task == "retrieval":
-    return retrieval.draw(rng, row_length, training=split == "train")
   tokens = rng.integers(0, ALPHABET, row_length, dtype=np.int32)
   if task == "noise":
     return tokens, np.full(row_length, _NOISE, np.int32)
@@ -142,7 +148,7 @@ def _kind_bounds() -> np.ndarray:
 
 
 class SyntheticData:
-  """Rows of a synthetic task, one document a row. The interface is `loader.Data`."""
+  """Rows of a synthetic task. The interface is `loader.Data`."""
 
   tokenizer = None
 
@@ -202,5 +208,4 @@ class SyntheticData:
     return Batch(tokens, segments, classes)
 
   def _row(self, split: str, index: int) -> Batch:
-    tokens, classes = sample_row(self._task, self.config.seed, split, index, self.config.seq_len + 1)
-    return Batch(tokens, np.ones_like(tokens), classes)
+    return sample_row(self._task, self.config.seed, split, index, self.config.seq_len + 1)

@@ -47,7 +47,8 @@ def answer_of(kind, question):
 
 @pytest.fixture(scope="module")
 def rows():
-  return [sample_row("queries", 0, "train", index, 257) for index in range(300)]
+  drawn = [sample_row("queries", 0, "train", index, 257) for index in range(300)]
+  return [(row.tokens, row.classes) for row in drawn]
 
 
 def segments(tokens, classes):
@@ -107,7 +108,7 @@ def test_no_kind_is_rare_and_answers_are_even(rows):
 
 
 def test_streams_are_deterministic_and_apart():
-  row = lambda *key: sample_row("queries", *key, 65)[0].tolist()  # noqa: E731
+  row = lambda *key: sample_row("queries", *key, 65).tokens.tolist()  # noqa: E731
   assert row(0, "train", 5) == row(0, "train", 5)
   drawn = [row(seed, "train", i) for seed in (0, 1) for i in (0, 5)] + [row(0, s, 5) for s in ("validation", "test")]
   assert len({tuple(r) for r in drawn}) == len(drawn)

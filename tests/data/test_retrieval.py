@@ -1,5 +1,7 @@
 """The retrieval task: every answer was told before, held-out rows ask at their end, and facts lie anywhere."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -10,8 +12,14 @@ from moe_lab.data.synthetic import sample_row
 from moe_lab.errors import ConfigError
 
 
-def rows(split, count=200, length=257):
-  return [sample_row("retrieval", 0, split, index, length) for index in range(count)]
+def documents(split, count=200, length=257):
+  """Returns tokens and classes of each document."""
+  rows = [sample_row("retrieval", 0, split, index, length) for index in range(count)]
+  return [
+    (row.tokens[row.segments == number], row.classes[row.segments == number])
+    for row in rows
+    for number in range(1, row.segments.max() + 1)
+  ]
 
 
 def facts_of(tokens):
@@ -30,7 +38,7 @@ def facts_of(tokens):
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_every_answer_was_told_before(split):
   kinds = set()
-  for tokens, classes in rows(split):
+  for tokens, classes in documents(split):
     tokens, classes = tokens.tolist(), classes.tolist()
     told, places = facts_of(tokens)
     assert (len(told) <= r.KEYS) if split == "train" else (len(told) in (1, r.PAIRS))
@@ -45,7 +53,7 @@ def test_every_answer_was_told_before(split):
 
 def test_held_out_rows_ask_everything_once_at_the_end():
   depths = []
-  for tokens, classes in rows("validation"):
+  for tokens, classes in documents("validation"):
     told, places = facts_of(tokens.tolist())
     asks = np.flatnonzero(tokens == r.ASK)
     assert sorted(tokens[asks + 1].tolist()) == sorted(told)
@@ -57,20 +65,33 @@ def test_held_out_rows_ask_everything_once_at_the_end():
   assert np.mean(depths) == pytest.approx(0.5, abs=0.05) and np.std(depths) == pytest.approx(0.29, abs=0.04)
 
 
-def test_training_rows_tell_in_the_first_half_and_ask_in_the_second():
+def test_training_documents_tell_in_their_first_half_and_ask_in_their_second():
   distances = []
-  for tokens, _ in rows("train", length=1025):
+  for tokens, _ in documents("train", length=1025):
     told, places = facts_of(tokens.tolist())
-    asks = np.flatnonzero(tokens == r.ASK)
-    assert max(places.values()) < 512 <= asks[0]
-    assert len(asks) == 512 // (r.ASK_EVERY + (6 if r.PASS in told else 3))
-    distances += [place - places[tokens[place + 1]] for place in asks]
+    asks, half = np.flatnonzero(tokens == r.ASK), len(tokens) // 2
+    assert max(places.values()) < half <= asks[0]
+    assert len(asks) == half // (r.ASK_EVERY + (6 if r.PASS in told else 3))
+    if len(tokens) == 1025:
+      distances += [place - places[tokens[place + 1]] for place in asks]
   assert np.mean(distances) == pytest.approx(512, rel=0.1) and min(distances) < 100 and max(distances) > 900
+
+
+def test_training_rows_are_of_one_to_eight_documents_and_held_out_ones_of_one():
+  counts = Counter()
+  for index in range(200):
+    row = sample_row("retrieval", 0, "train", index, 1025)
+    assert (np.diff(row.segments) >= 0).all()
+    lengths = np.bincount(row.segments)[1:]
+    assert set(lengths[:-1]) <= {1025 // len(lengths)} and 0 <= lengths[-1] - lengths[0] < len(lengths)
+    counts[len(lengths)] += 1
+    assert sample_row("retrieval", 0, "validation", index, 1025).segments.tolist() == [1] * 1025
+  assert set(counts) == {1, 2, 4, 8} and min(counts.values()) > 30
 
 
 def test_the_shortest_row_has_room():
   for split in ("train", "validation"):
-    assert all(len(tokens) == r.LEAST_LENGTH for tokens, _ in rows(split, length=r.LEAST_LENGTH))
+    assert all(len(tokens) == r.LEAST_LENGTH for tokens, _ in documents(split, length=r.LEAST_LENGTH))
 
 
 def test_length_is_checked():

@@ -25,7 +25,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows():
   drawn = [synthetic.sample_row("difficulty", 0, "train", i, 257) for i in range(800)]
-  return np.stack([t for t, _ in drawn]), np.stack([c for _, c in drawn])
+  return np.stack([row.tokens for row in drawn]), np.stack([row.classes for row in drawn])
 
 
 def test_the_table_is_a_latin_square():
@@ -87,7 +87,7 @@ def test_tokens_are_uniform_in_every_class_and_place(rows):
 
 
 def test_streams_are_deterministic_and_apart():
-  row = lambda *key: synthetic.sample_row("difficulty", *key, 65)[0].tolist()  # noqa: E731
+  row = lambda *key: synthetic.sample_row("difficulty", *key, 65).tokens.tolist()  # noqa: E731
   assert row(0, "train", 5) == row(0, "train", 5)
   drawn = [row(seed, "train", i) for seed in (0, 1) for i in (0, 5)] + [row(0, s, 5) for s in ("validation", "test")]
   assert len({tuple(r) for r in drawn}) == len(drawn)

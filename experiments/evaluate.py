@@ -83,9 +83,15 @@ def _documents(workdir: Path) -> dict:
   data = open_data(loaded.config.data, program.cache_dir())
   loaded.check_fingerprint(data.fingerprint)
   report = held_out_report(
-    loaded.config, data, make_eval_step(loaded.config, loaded.model), loaded.params, loaded.router_state,
-    budget=loaded.budget, splits=(FLAGS.split,),
-  )  # fmt: skip
+    loaded.config,
+    data,
+    make_eval_step(loaded.config, loaded.model),
+    loaded.params,
+    loaded.router_state,
+    lambda text: print(text, file=sys.stderr, flush=True),
+    budget=loaded.budget,
+    splits=(FLAGS.split,),
+  )
   del report["passage"]
   return report | {"step": loaded.step, "workdir": workdir}
 

@@ -1,10 +1,13 @@
 """The full evaluation of a model on a dataset: what evaluate.py and the end of training report."""
 
+from collections.abc import Callable
+
 from moe_lab.config.schema import Config
 from moe_lab.data.loader import Data
 from moe_lab.evaluate.flops import forward_flops_per_token
 from moe_lab.evaluate.passage import passage
 from moe_lab.evaluate.perplexity import EvalStep, evaluate
+from moe_lab.io.progress import told
 from moe_lab.routing.base import RouterState
 from moe_lab.routing.registry import make_router
 
@@ -17,11 +20,12 @@ def held_out_report(
   eval_step: EvalStep,
   params,
   router_state: RouterState,
+  note: Callable[[str], None],
   *,
   budget: float | None = None,
   splits: tuple[str, ...] = ("validation", "test"),
 ) -> dict:
-  """Evaluates whole splits.
+  """Evaluates whole splits, and notes now and then how far it is.
 
   Returns:
     The record of evaluation.json: val_loss, test_loss and their bits per byte;
@@ -36,7 +40,7 @@ def held_out_report(
       eval_step,
       params,
       router_state,
-      data.eval_batches(split, batch_size),
+      told(data.eval_batches(split, batch_size), f"batches of the {split} split evaluated", note),
       budget,
       class_names=data.class_names,
       slots=config.routing.slots,

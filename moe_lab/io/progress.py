@@ -3,6 +3,7 @@
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
 from rich.live import Live
@@ -10,6 +11,7 @@ from rich.text import Text
 
 _WINDOW = 20  # updates over which the speed for the time left is taken; the first steps compile and say nothing
 _BAR_WIDTH = 24
+_TOLD_EVERY = 10.0  # seconds
 
 
 class Progress:
@@ -130,6 +132,17 @@ class Count:
     if self._live or tenths:
       line = f"{self._done} of {self._total} {self._what}, {clock(time.monotonic() - self._started)}"
       print(f"\r{line}\x1b[K" if self._live else line, end="" if self._live else "\n", file=sys.stderr, flush=True)
+
+
+def told(items: Iterable, what: str, note: Callable[[str], None]) -> Iterator:
+  """Yields the items, whose number nobody knows, and every ten seconds notes how many `what` there were so far."""
+  started = said = time.monotonic()
+  for done, item in enumerate(items):
+    now = time.monotonic()
+    if now - said >= _TOLD_EVERY:
+      note(f"{done} {what}, {clock(now - started)}")
+      said = now
+    yield item
 
 
 def _bar(share: float, width: int, *, plain: bool) -> Text:

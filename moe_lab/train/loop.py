@@ -188,6 +188,8 @@ class _Training:
       shardings = params_shardings(self.start.reference, self.mesh) if self.mesh else None
       train_step = functools.partial(train_step, reference=_placed(self.start.reference, shardings))
     train_step = self.watchdog.watched("a training step", self.preempted.along(train_step))
+    if step < config.steps:
+      self.progress.note("compiling the training step")
     since, first, started = None, step, time.monotonic()
     while step < config.steps:
       if self.preempted.requested() or step == self.stop_at:
@@ -295,7 +297,9 @@ class _Training:
   def _finish(self, state: TrainState) -> dict:
     """Evaluates both held-out splits in full beside the bigram, writes evaluation.json, returns the result."""
     self.progress.note("evaluating on the held-out documents")
-    report = held_out_report(self.config, self.data, self.eval_step, state.params, state.router_state)
+    report = held_out_report(
+      self.config, self.data, self.eval_step, state.params, state.router_state, self.progress.note
+    )
     report |= bigram_report(self.data)
     speeds = [r["tokens_per_second"] for r in read_metrics(self.run_record.workdir) if r.get("kind") == "train"]
     result = {

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from moe_lab.io import progress as progress_lib
-from moe_lab.io.progress import Count, Progress
+from moe_lab.io.progress import Count, Progress, told
 
 
 class Terminal(io.StringIO):
@@ -96,3 +96,11 @@ def test_a_count_is_one_line_in_a_terminal(monkeypatch, seconds):
       count.add()
   shown = terminal.getvalue()
   assert shown.count("\n") == 1 and shown.count("\r") == 3 and "3 of 3 scored" in shown
+
+
+def test_told_yields_everything_and_says_how_far_it_is_every_ten_seconds(seconds):
+  said, seen = [], []
+  for item in told("abcdef", "letters", said.append):
+    seen.append(item)
+    seconds[0] += 4
+  assert "".join(seen) == "abcdef" and said == ["3 letters, 0:12"]

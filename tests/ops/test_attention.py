@@ -15,15 +15,20 @@ LINEAR = ["blocked"] + (["native"] if native.available() else [])  # native: whe
 
 
 def make_inputs(
-  *, length, keys, offset=0, heads=4, kv_heads=2, slopes=(0.0, 0.25), documents=1, seed=0, batch=2, width=8
+  *, length, keys, offset=0, heads=4, kv_heads=2, slopes=(0.0, 0.25), documents=1, mixed=0, seed=0, batch=2, width=8
 ):
-  """Random queries at offset.. of `keys` positions; each row is cut into `documents` at random places."""
+  """Random queries at offset.. of `keys` positions; each row is cut into `documents` at random places.
+
+  With `mixed`, pieces of so many tokens are in disorder: documents come again after others.
+  """
   rng = np.random.default_rng(seed)
   q, k, v = (
     jnp.asarray(rng.normal(size=(batch, n, h, width)), jnp.float32)
     for n, h in ((length, heads), (keys, kv_heads), (keys, kv_heads))
   )
   segment_BS = np.sort(rng.integers(1, documents + 1, (batch, keys)), axis=1).astype(np.int32)
+  if mixed:
+    segment_BS = rng.permuted(segment_BS.reshape(batch, -1, mixed), axis=1).reshape(batch, keys)
   segment_BL = segment_BS[:, offset : offset + length]
   return (q, k, v, jnp.asarray(slopes, jnp.float32), jnp.asarray(segment_BL), jnp.asarray(segment_BS))
 
@@ -103,6 +108,8 @@ def test_reference_is_the_definition(name):
 LARGE = {
   "several_blocks": dict(length=530, keys=530, block=64, documents=5, width=32),
   "uneven_width_in_a_cache": dict(length=300, keys=600, offset=251, block=64, documents=3, width=40),
+  "documents_longer_than_blocks": dict(length=900, keys=900, block=64, documents=3, width=32, slopes=(0.0, 0.01)),
+  "documents_of_many_pieces": dict(length=900, keys=900, block=64, documents=40, mixed=50, width=32),
   "one_head_shared_by_threads": dict(length=800, keys=800, block=64, heads=3, kv_heads=1, slopes=(0.02,), batch=1),
 }
 
@@ -153,6 +160,20 @@ def test_neither_later_keys_nor_other_documents_matter(backend):
     after = run(k.at[:, position].set(9.0), v.at[:, position].set(-50.0))
     np.testing.assert_array_equal(after[hidden_BL], before[hidden_BL])
     assert np.abs(after - before).max(axis=(2, 3))[~hidden_BL].min() > 0
+
+
+@pytest.mark.skipif("native" not in LINEAR, reason="no C++ compiler")
+def test_the_cpu_kernel_computes_nothing_of_other_documents():
+  # Zero weights would pass NaN on: only what is not computed at all leaves the other document clean. The first ends
+  # with a panel of 32 keys, inside a block of 256 and a tile of 14 queries.
+  q, k, v, slope_M, *_ = make_inputs(length=600, keys=600)
+  segment_BS = jnp.broadcast_to(1 + (jnp.arange(600) >= 352), (2, 600)).astype(jnp.int32)
+  k, v = (x.at[:, :352].set(jnp.nan) for x in (k, v))
+  arguments = (q, k, v, slope_M, segment_BS, segment_BS)
+  out, (dq, dk, dv) = values_and_gradients(arguments, 0, jnp.ones_like(q), backend="native", block=64)
+  clean = 364  # of the tile that both documents share, the first rows are the first document's
+  assert jnp.isnan(out[:, :350]).all() and jnp.isfinite(out[:, clean:]).all()
+  assert jnp.isfinite(dq[:, clean:]).all() and jnp.isfinite(dk[:, 400:]).all() and jnp.isfinite(dv[:, 400:]).all()
 
 
 def test_auto_is_the_reference_for_one_block_and_a_wrong_name_fails(monkeypatch):

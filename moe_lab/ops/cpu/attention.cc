@@ -2,11 +2,13 @@
 // 2205.14135): the logits of one tile of queries and one block of keys at a time, in the first cache.
 //
 // Letters as in moe_lab/types.py: B batch, L queries, S keys, N query heads, M KV heads, G = N / M, H head width. Key s
-// stands at position s, query l at offset + l. Tiles that causality hides are not computed, nor are those whose keys lie
-// beyond the window of their KV group (ops/alibi.py): a query at position p has to look at keys (p - window, p] only.
+// stands at position s, query l at offset + l. Tiles that causality hides are not computed, nor are those whose keys
+// belong to other documents or lie beyond the window of their KV group (ops/alibi.py): a query at position p has to look
+// at keys (p - window, p] only.
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "binding.h"
@@ -44,6 +46,41 @@ struct Inputs {
   // Element h = 0 of a row of q (or of what has its shape) and of k or v.
   int64_t query(int64_t b, int64_t l, int64_t n) const { return ((b * shape.L + l) * shape.N + n) * shape.H; }
   int64_t key(int64_t b, int64_t s, int64_t m) const { return ((b * shape.S + s) * shape.M + m) * shape.H; }
+};
+
+// The range of the documents of some tokens. Sets whose ranges lie apart share none, in whatever order documents come.
+struct Documents {
+  int32_t least = std::numeric_limits<int32_t>::max(), greatest = std::numeric_limits<int32_t>::min();
+
+  Documents() = default;
+  Documents(const int32_t* segments, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      least = std::min(least, segments[i]);
+      greatest = std::max(greatest, segments[i]);
+    }
+  }
+  bool apart(const Documents& other) const { return greatest < other.least || other.greatest < least; }
+};
+
+// The documents of the panels of a block of keys.
+struct KeyDocuments {
+  Documents panels[kKeys / kColumns];
+
+  KeyDocuments(const int32_t* segments, int64_t count) {
+    for (int64_t j = 0; j < count; j += kColumns) {
+      panels[j / kColumns] = Documents(segments + j, std::min<int64_t>(kColumns, count - j));
+    }
+  }
+  // Narrows the keys [from, to), whole panels, to those between the first and the last panel that may hold one seen.
+  void narrow(const Documents& seen, int64_t& from, int64_t& to) const {
+    while (from < to && panels[from / kColumns].apart(seen)) from += kColumns;
+    while (from < to && panels[to / kColumns - 1].apart(seen)) to -= kColumns;
+  }
+  bool apart(const Documents& other) const {
+    int64_t from = 0, to = kKeys;
+    narrow(other, from, to);
+    return from >= to;
+  }
 };
 
 // Lays rows (`stride` apart) out in panels of `rows` rows, which serve as a right factor and as a left one.
@@ -97,13 +134,17 @@ void forward_task(const Inputs& in, int64_t b, int64_t n, int64_t query0, float*
   std::fill(sums, sums + rows * padded_H, 0.0f);
   std::fill(highest, highest + rows, kMasked);
   std::fill(denominator, denominator + rows, 0.0f);
-  const Logits logits_of{1.0f / std::sqrt(static_cast<float>(H)), in.slope_M[m], in.segment_BS + b * shape.S, shape.S};
+  const int32_t *segment_L = in.segment_BL + b * shape.L + query0, *segment_S = in.segment_BS + b * shape.S;
+  const Logits logits_of{1.0f / std::sqrt(static_cast<float>(H)), in.slope_M[m], segment_S, shape.S};
+  const Documents of_queries(segment_L, queries);
   Tile tile;
 
   const int64_t window = in.window_M[m], last = std::min(shape.S - 1, in.offset + query0 + queries - 1);
   const int64_t first_seen = std::max<int64_t>(in.offset + query0 - window + 1, 0) / kColumns * kColumns;
   for (int64_t first = first_seen; first <= last; first += kKeys) {
     const int64_t count = std::min(kKeys, shape.S - first);
+    const KeyDocuments of_keys(segment_S + first, count);
+    if (of_keys.apart(of_queries)) continue;
     const float *k = in.k + in.key(b, first, m), *v = in.v + in.key(b, first, m);
     for (int64_t j = 0; j < count; j += kColumns) pack_transposed(k, shape.M * H, H, count, j, keys + j * H);
     for (int64_t h = 0; h < H; h += kColumns) {
@@ -112,14 +153,15 @@ void forward_task(const Inputs& in, int64_t b, int64_t n, int64_t query0, float*
     }
     for (int64_t i = 0; i < queries; i += kRows) {
       const int64_t tile_rows = std::min<int64_t>(kRows, queries - i), position = in.offset + query0 + i;
-      const int64_t seen = std::min(seen_keys(position + tile_rows - 1, first), round_up(count, kColumns));
-      const int64_t passed = passed_keys(position, window, first);
+      int64_t seen = std::min(seen_keys(position + tile_rows - 1, first), round_up(count, kColumns));
+      int64_t passed = passed_keys(position, window, first);
+      of_keys.narrow(Documents(segment_L + i, tile_rows), passed, seen);
       if (seen <= passed) continue;
       for (int64_t j = passed; j < seen; j += kColumns) {
         multiply_panels(H, q + i * kColumns, rows, keys + j * H, tile);
         for (int64_t r = 0; r < tile_rows; ++r) {
           Vec logits[2];
-          logits_of(tile.at[r], position + r, in.segment_BL[b * shape.L + query0 + i + r], first + j, logits);
+          logits_of(tile.at[r], position + r, segment_L[i + r], first + j, logits);
           store(weights + r * kStride + j, logits[0]);
           store(weights + r * kStride + j + kLanes, logits[1]);
         }
@@ -176,7 +218,8 @@ void backward_task(const Inputs& in, const Part& part, const float* d_out, const
   float *dk_sum = values_HS + kKeys * padded_H, *dv_sum = dk_sum + kKeys * padded_H;
   float *q = dv_sum + kKeys * padded_H, *d_out_rows = q + kBackwardQueries * padded_H;
   float *weights = d_out_rows + kBackwardQueries * padded_H, *d_logits = weights + kBackwardQueries * kStride;
-  const Logits logits_of{1.0f / std::sqrt(static_cast<float>(H)), in.slope_M[m], in.segment_BS + b * shape.S, shape.S};
+  const int32_t *segment_L = in.segment_BL + b * shape.L, *segment_S = in.segment_BS + b * shape.S;
+  const Logits logits_of{1.0f / std::sqrt(static_cast<float>(H)), in.slope_M[m], segment_S, shape.S};
   const int64_t window = in.window_M[m];
   Tile tile, d_tile;
 
@@ -191,6 +234,7 @@ void backward_task(const Inputs& in, const Part& part, const float* d_out, const
       pack(k, stride, count, H, h, keys + h * kKeys);
       std::fill(keys + h * kKeys + count * kColumns, keys + (h + kColumns) * kKeys, 0.0f);
     }
+    const KeyDocuments of_keys(segment_S + first, count);
     std::fill(dk_sum, dk_sum + 2 * kKeys * padded_H, 0.0f);
     // Earlier queries see none of these keys, later ones have none in their window.
     const int64_t first_query = std::clamp<int64_t>(first - in.offset, 0, shape.L) / kRows * kRows;
@@ -199,6 +243,8 @@ void backward_task(const Inputs& in, const Part& part, const float* d_out, const
       const int64_t n = m * G + g, at_L = (b * shape.N + n) * shape.L;
       for (int64_t query0 = first_query; query0 < end_query; query0 += kBackwardQueries) {
         const int64_t queries = std::min(kBackwardQueries, end_query - query0);
+        const Documents of_queries(segment_L + query0, queries);
+        if (of_keys.apart(of_queries)) continue;
         put_panels(in.q + in.query(b, query0, n), shape.N * H, queries, H, kBackwardQueries, q);
         put_panels(d_out + in.query(b, query0, n), shape.N * H, queries, H, kBackwardQueries, d_out_rows);
         int64_t seen_by_last = 0;
@@ -207,13 +253,15 @@ void backward_task(const Inputs& in, const Part& part, const float* d_out, const
           const int64_t seen = std::min(seen_keys(position + tile_rows - 1, first), round_up(count, kColumns));
           const int64_t passed = std::min(passed_keys(position, window, first), seen);
           seen_by_last = seen;
-          for (int64_t j = passed; j < seen; j += kColumns) {
+          int64_t begin = passed, end = seen;
+          of_keys.narrow(Documents(segment_L + query0 + i, tile_rows), begin, end);
+          for (int64_t j = begin; j < end; j += kColumns) {
             multiply_panels(H, q + i * kColumns, kBackwardQueries, keys_HS + j * H, tile);
             multiply_panels(H, d_out_rows + i * kColumns, kBackwardQueries, values_HS + j * H, d_tile);
             for (int64_t r = 0; r < tile_rows; ++r) {
               const int64_t l = query0 + i + r, to = (i + r) * kStride + j;
               Vec logits[2];
-              logits_of(tile.at[r], position + r, in.segment_BL[b * shape.L + l], first + j, logits);
+              logits_of(tile.at[r], position + r, segment_L[l], first + j, logits);
               for (int v = 0; v < 2; ++v) {
                 const Vec weight = exp(logits[v] - log_denominator_BNL[at_L + l]);
                 const Vec d_weight = load(d_tile.at[r] + v * kLanes);
@@ -222,18 +270,19 @@ void backward_task(const Inputs& in, const Part& part, const float* d_out, const
               }
             }
           }
-          // The tiles of keys below may reach into the panel before and the next one.
+          // The tiles of keys below take in what was narrowed away, and may reach a panel further on both sides.
           for (int64_t r = 0; r < tile_rows; ++r) {
             const int64_t row = (i + r) * kStride, before = std::min<int64_t>(kColumns, passed);
             const int64_t after = std::min<int64_t>(kColumns, kStride - seen);
             for (float* to : {weights + row, d_logits + row}) {
-              std::fill_n(to + passed - before, before, 0.0f);
-              std::fill_n(to + seen, after, 0.0f);
+              std::fill_n(to + passed - before, before + begin - passed, 0.0f);
+              std::fill_n(to + end, seen - end + after, 0.0f);
             }
           }
+          if (begin >= end) continue;
           for (int64_t h = 0; h < H; h += kColumns) {
-            const int64_t from = i * kStride + passed;
-            multiply_block(seen - passed, d_logits + from, keys + h * kKeys + passed * kColumns, tile);
+            const int64_t from = i * kStride + begin;
+            multiply_block(end - begin, d_logits + from, keys + h * kKeys + begin * kColumns, tile);
             const int64_t width = std::min<int64_t>(kColumns, H - h);
             for (int64_t r = 0; r < tile_rows; ++r) {
               float* to = part.dq_LGH + (query0 + i + r) * part.dq_stride + g * H + h;
@@ -242,6 +291,7 @@ void backward_task(const Inputs& in, const Part& part, const float* d_out, const
           }
         }
         for (int64_t j = 0; j < std::min(count, seen_by_last); j += kRows) {
+          if (Documents(segment_S + first + j, std::min<int64_t>(kRows, count - j)).apart(of_queries)) continue;
           // The first row of queries, in whole tiles, that sees key j.
           const int64_t row0 = std::max<int64_t>(first + j - in.offset - query0, 0) / kRows * kRows;
           if (row0 >= queries) break;

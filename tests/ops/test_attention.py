@@ -28,7 +28,7 @@ def make_inputs(
   )
   segment_BS = np.sort(rng.integers(1, documents + 1, (batch, keys)), axis=1).astype(np.int32)
   if mixed:
-    segment_BS = rng.permuted(segment_BS.reshape(batch, -1, mixed), axis=1).reshape(batch, keys)
+    segment_BS = rng.permutation(segment_BS.reshape(batch, -1, mixed), axis=1).reshape(batch, keys)
   segment_BL = segment_BS[:, offset : offset + length]
   return (q, k, v, jnp.asarray(slopes, jnp.float32), jnp.asarray(segment_BL), jnp.asarray(segment_BS))
 

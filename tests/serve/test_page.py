@@ -95,7 +95,7 @@ def test_stop_ends_the_response_and_frees_its_slot(page, monkeypatch):
   monkeypatch.setattr(engine(), "step", lambda: time.sleep(0.05) or step())
   with running(engine()) as server:
     opened(page, server)
-    choose(page, mode="chat", prompt="höher?", max_tokens=200)
+    choose(page, mode="chat", prompt="höher?", temperature=0, max_tokens=200)
     page.value("document.getElementById('go').click()")
     page.wait("document.getElementById('passage').childElementCount > 4")
     page.value("document.getElementById('stop').click()")
@@ -117,7 +117,7 @@ def test_a_mistake_is_said(page):
     page.value("document.getElementById('go').click()")
     page.wait("!document.getElementById('error').hidden")
     assert said(page, "error").startswith("max_tokens = 9999: wanted at most")
-    choose(page, max_tokens=3)
+    choose(page, temperature=0, max_tokens=3)
     page.value("document.getElementById('go').click()")
     page.wait("document.getElementById('error').hidden && document.getElementById('count').textContent === '3'")
   page.value("document.getElementById('go').click()")
@@ -136,7 +136,7 @@ def test_a_server_with_a_key_asks_for_it(page):
       choose(page, key=key)
       page.value("document.getElementById('key').dispatchEvent(new Event('change'))")
       page.wait(condition)
-    choose(page, prompt="x", max_tokens=3)
+    choose(page, prompt="x", temperature=0, max_tokens=3)
     page.value("document.getElementById('go').click()")
     page.wait("document.getElementById('count').textContent === '3'")
 

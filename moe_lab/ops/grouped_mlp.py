@@ -132,16 +132,24 @@ def _tokamax(x, y, group_sizes_E, contracted: tuple[int, int], groups: tuple[int
   return tokamax.ragged_dot_general(x, y, group_sizes_E, dims, preferred_element_type=jnp.float32)
 
 
+def _cleared(y_RD, group_sizes_E):
+  """Zeros where no group is, which kernels leave as the memory was.
+
+  The one for weights' gradients (Mosaic, Hopper) multiplies such rows by zero, which a NaN survives.
+  """
+  return jnp.where(jnp.arange(y_RD.shape[0])[:, None] < group_sizes_E.sum(), y_RD, 0)
+
+
 @jax.custom_vjp
 def _tokamax_dot(x_RD, w_EDF, group_sizes_E):
-  return _tokamax(x_RD, w_EDF, group_sizes_E, (1, 1), (0,))
+  return _cleared(_tokamax(x_RD, w_EDF, group_sizes_E, (1, 1), (0,)), group_sizes_E)
 
 
 def _tokamax_dot_backward(saved, dy_RF):
   # tokamax's own gradient wants the float32 of the result for both factors: kernels for Hopper want one type.
   x_RD, w_EDF, group_sizes_E = saved
   dy_RF = dy_RF.astype(x_RD.dtype)
-  dx_RD = _tokamax(dy_RF, w_EDF, group_sizes_E, (1, 2), (0,))
+  dx_RD = _cleared(_tokamax(dy_RF, w_EDF, group_sizes_E, (1, 2), (0,)), group_sizes_E)
   dw_EDF = _tokamax(x_RD, dy_RF, group_sizes_E, (0, 0), ())
   return dx_RD.astype(x_RD.dtype), dw_EDF.astype(w_EDF.dtype), None
 

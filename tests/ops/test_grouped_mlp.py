@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from absl import flags
 
-from moe_lab.ops.grouped_mlp import ExpertWeights, grouped_mlp, tgmm_weight_gradient, xla_weight_gradient
+from moe_lab.ops.grouped_mlp import (
+  ExpertWeights,
+  expert_of_row,
+  grouped_mlp,
+  tgmm_weight_gradient,
+  xla_weight_gradient,
+)
 
 # tokamax is an extra: where it is installed it is held to the same.
 BACKENDS = ["reference", "ragged_dot"] + (["tokamax"] if importlib.util.find_spec("tokamax") else [])
@@ -103,6 +109,27 @@ def test_the_kernel_of_the_weight_gradient_equals_xla(name):
   groups_E = jnp.asarray(GROUPS[name], jnp.int32)
   got_EDF = tgmm_weight_gradient(x_RD, dy_RF, groups_E, interpret=True)
   np.testing.assert_allclose(got_EDF, xla_weight_gradient(x_RD, dy_RF, groups_E), atol=2e-5)
+
+
+def like_a_kernel_for_gpu(x, y, group_sizes_E, contracted, groups):
+  """What tokamax gives on a GPU: rows of no group hold NaN, and a sum over a group's rows masks by multiplying."""
+  a, b = contracted
+  group_ER = (expert_of_row(group_sizes_E, x.shape[0]) == jnp.arange(EXPERTS)[:, None]).astype(x.dtype)
+  if not groups:
+    return jnp.einsum("ER,RD,RF->EDF", group_ER, x, y)
+  z = jnp.einsum("ER,RD,EDF->RF", group_ER, x, y if b == 1 else y.swapaxes(1, 2))
+  return jnp.where(group_ER.any(0)[:, None], z, jnp.nan)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_what_kernels_leave_in_rows_of_no_group_goes_nowhere(name, monkeypatch):
+  monkeypatch.setattr("moe_lab.ops.grouped_mlp._tokamax", like_a_kernel_for_gpu)
+  used, case = random_case(name)
+  got = values_and_gradients.__wrapped__(*case, backend="tokamax")
+  want = values_and_gradients(*case, backend="reference")
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    a, b = (a[:used], b[:used]) if a.shape == (ROWS, DIM) else (a, b)
+    np.testing.assert_allclose(a, b, atol=5e-5)
 
 
 def test_a_wrong_name_fails():

@@ -150,9 +150,14 @@ def decode(case: Case, variant: str) -> Work:
 
 def _engine(case: Case, **arguments) -> Engine:
   config = case.config()
-  state = jax.jit(lambda: initial_state(config, make_optimizer(config.train)))()
+
+  @jax.jit
+  def initial():
+    state = initial_state(config, make_optimizer(config.train))
+    return state.params, state.router_state  # the optimizer's state, twice the parameters, is then never made
+
   settings = {"slots": case.sequences, "capacity": PROMPT + NEW} | arguments
-  return Engine(config, state.params, state.router_state, **settings)
+  return Engine(config, *initial(), **settings)
 
 
 def _prompts(case: Case) -> np.ndarray:

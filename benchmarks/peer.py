@@ -52,10 +52,11 @@ def _model(case: Case, experts: str) -> MixtralForCausalLM:
     router_aux_loss_coef=0.01,
     sliding_window=None,
   )
-  model = MixtralForCausalLM(config)
+  with torch.device(_DEVICE):  # drawn there: a GPU draws billions of numbers in no time
+    model = MixtralForCausalLM(config)
   model.set_experts_implementation(experts)
   assert model.config._experts_implementation == experts
-  return model.to(_DEVICE)
+  return model
 
 
 def _autocast(case: Case):
@@ -118,12 +119,12 @@ def attention_layer(case: Case, variant: str) -> Work:
 
 
 def decode(case: Case, variant: str) -> Work:
-  """Greedy `generate` of a batch with its cache."""
-  model = _model(case, variant).eval()
+  """Greedy `generate` of a batch with its cache; weights in the type of the products, as models are served."""
+  model = _model(case, variant).to(getattr(torch, case.dtype)).eval()
   prompt = torch.randint(3, case.vocab_size, (case.sequences, PROMPT), device=_DEVICE)
 
   def run():
-    with torch.no_grad(), _autocast(case):
+    with torch.no_grad():
       model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
         pad_token_id=0, output_router_logits=False,

@@ -42,6 +42,7 @@ REPORTS = (
 )  # each decides for itself what it measures
 BENCHMARKS = ("train_step", "moe_layer", "attention", "decode", "data", "cost", *REPORTS)
 COST_FLAGS = ("concurrency", "responses", "price_per_hour", "grid_g_per_kwh", "workdir")  # of `cost` alone
+IMPLEMENTATIONS = ("eager", "grouped_mm")  # of experts, in transformers
 METHODS = ("topk", "dynamic", "dynamic_rollouts", "overflow")
 
 FLAGS = flags.FlagValues()
@@ -55,7 +56,13 @@ flags.DEFINE_list(
 flags.DEFINE_list("method", ["topk"], f"Routing: {', '.join(METHODS)}.", flag_values=FLAGS)
 flags.DEFINE_list("experts", [], "Number and hidden width of experts, as in 16x512,64x128.", flag_values=FLAGS)
 flags.DEFINE_enum("preset", "auto", ["auto", "cpu", "gpu"], "The shapes; auto: by what is here.", flag_values=FLAGS)
-flags.DEFINE_enum("peers", "all", ["all", "none"], "Whether to measure the peers.", flag_values=FLAGS)
+flags.DEFINE_enum(
+  "peers",
+  "all",
+  ["all", "none", *IMPLEMENTATIONS],
+  "Which peers to measure; one of transformers' implementations of experts where not all fit a GPU side by side.",
+  flag_values=FLAGS,
+)
 flags.DEFINE_integer(
   "rounds", 5, "Turns of each contender, of two timed runs and one before them.", lower_bound=1, flag_values=FLAGS
 )
@@ -214,8 +221,12 @@ def _contenders(benchmark: str, cases: list, preset: str) -> list:
 
   attention = ("flash", "blocked") if preset == "gpu" else ("native", "blocked", "reference")
   ours = {"attention": attention}.get(benchmark, ("",))
-  peers = {"attention": ("",), "data": ("",)}.get(benchmark, ("eager", "grouped_mm"))
+  peers = {"attention": ("",), "data": ("",)}.get(benchmark, IMPLEMENTATIONS)
   missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+  if FLAGS.peers in IMPLEMENTATIONS:
+    if FLAGS.peers not in peers:
+      raise UserError(f"--peers={FLAGS.peers}: wanted all or none with {benchmark}")
+    peers = (FLAGS.peers,)
   if FLAGS.peers == "none":
     peers = ()
   elif missing:

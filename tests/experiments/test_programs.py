@@ -174,6 +174,7 @@ TEXT = ("--config.data.sources=text:text", "--workdir=new")
     ("benchmark", ("moe_layer", "--experts=64"), ("--experts=64", "64x128")),
     ("benchmark", ("decode", "--k=2", "--experts=4x8"), ("routing.k_max", "8", "4")),
     ("benchmark", ("decode", "--method=overflow"), ("overflow", "moe_layer")),
+    ("benchmark", ("attention", "--peers=eager"), ("--peers=eager", "all or none")),
     ("benchmark", ("long_attention", "--k=2"), ("--k", "long_attention")),
     ("benchmark", ("decode", "--responses=5"), ("--responses", "cost only")),
     ("benchmark", ("decode", "--workdir=run"), ("--workdir", "cost only")),

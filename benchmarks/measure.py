@@ -137,7 +137,7 @@ def measure(
         peak = max(peak, *(product["flops_per_second"] for product in products))
       for process in processes:
         time.sleep(PAUSE)
-        process.seconds += process.ask(run=1 + RUNS)["seconds"][1:]  # the first finds cold memory
+        process.seconds += process.ask(run=RUNS)["seconds"]
       note(f"round {done + 1} of {rounds}: " + "  ".join(f"{p.seconds[-1]:.3g} s" for p in processes))
     return [process.result() for process in processes], peak
   finally:

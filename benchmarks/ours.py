@@ -172,25 +172,27 @@ def _decode_mixed(case: Case, variant: str) -> Work:
   every slot decodes and no prompt is read.
   """
   engine, prompts = _engine(case, steps=1, steady=variant == "steady", budget=case.k), _prompts(case)
-  seconds, experts, runs = [], [], itertools.count()
+  runs, timed = itertools.count(), []  # of each run a list of steps, seconds and mean experts each
 
   def run():
     number = next(runs)
+    timed.append([])
     for index, prompt in enumerate(prompts):
       engine.submit(Request(prompt, NEW, budget=float(case.k_max if index < HARD[number % len(HARD)] else 1)))
     while engine.busy:
       reading, started = engine.reading, time.perf_counter()
       tokens = engine.step()
       taken = time.perf_counter() - started
-      if number and not reading and len(tokens) == case.sequences:  # the first run compiles
-        seconds.append(taken)
-        experts.append(sum(token.experts for _, token in tokens) / len(tokens))
+      if not reading and len(tokens) == case.sequences:
+        timed[-1].append((taken, sum(token.experts for _, token in tokens) / len(tokens)))
 
   def report():
+    seconds, experts = zip(*itertools.chain(*timed), strict=True)
     p50, p99 = (1e3 * float(np.quantile(seconds, q)) for q in (0.5, 0.99))
-    return {"mean_experts": float(np.mean(experts)), "p50_ms": p50, "p99_ms": p99, "p99_over_p50": p99 / p50}
+    times = {"p50_ms": p50, "p99_ms": p99, "p99_over_p50": p99 / p50}
+    return {"mean_experts": float(np.mean(experts)), "timed_steps": len(seconds)} | times
 
-  return Work(run, "token", NEW * case.sequences, report)
+  return Work(run, "token", NEW * case.sequences, report, timed.pop)
 
 
 def data(case: Case, variant: str) -> Work:

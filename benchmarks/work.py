@@ -13,9 +13,11 @@ class Work:
     unit: of `amount`, such as "token".
     amount: units that a run works through.
     report: after the runs: numbers to keep, FLOPs of a run ("flops") among them where they can be said.
+    forget: leaves what was timed within the last run out of the report.
   """
 
   run: Callable[[], None]
   unit: str
   amount: float
   report: Callable[[], dict] = dict
+  forget: Callable[[], None] = lambda: None

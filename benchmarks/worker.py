@@ -4,8 +4,9 @@ Contenders live in processes of their own, so that neither's threads, allocator
 or compiler disturb the other's and each one's peak memory can be told; the
 parent lets them take turns, so that a machine that slows down slows all.
 
-Lines on stdin: {"run": N} times N runs, {"matmul": SIZE} a dense product,
-{"end": true} reports and ends. Each is answered by one line of JSON on stdout.
+Lines on stdin: {"run": N} times N runs after one that finds its memory cold,
+{"matmul": SIZE} a dense product, {"end": true} reports and ends. Each is
+answered by one line of JSON on stdout.
 """
 
 import dataclasses
@@ -85,7 +86,12 @@ def main() -> None:
   side = importlib.import_module(f"benchmarks.{contender.side}")
   before, started = resident(), time.perf_counter()
   work = side.BENCHMARKS[contender.benchmark](contender.case, contender.variant)
-  work.run()  # compiles
+
+  def uncounted():
+    work.run()
+    work.forget()
+
+  uncounted()  # compiles
 
   def answer(**fields):
     print(json.dumps(fields), file=answers, flush=True)
@@ -94,6 +100,7 @@ def main() -> None:
   for line in sys.stdin:
     order = json.loads(line)
     if "run" in order:
+      uncounted()
       answer(seconds=timed(work, order["run"]))
     elif "matmul" in order:
       product = side.matmul(order["matmul"], contender.case.dtype)

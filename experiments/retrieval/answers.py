@@ -21,10 +21,11 @@ SHARPER = 4  # logits grow from so many times less than the trained length on; t
 
 def longer(model: ModelConfig, way: str, trained_length: int, length: int) -> ModelConfig:
   """Returns the model's shapes for rows of `length` tokens, read in one of WAYS."""
+  all_sloped = model.position == "alibi" and model.num_global_groups == 0  # no logits to sharpen
   changes = {
     "as trained": {},
     "interpolated": {"position_interpolation": length / trained_length},
-    "sharpened": {"sharpen_from": trained_length // SHARPER},
+    "sharpened": {} if all_sloped else {"sharpen_from": trained_length // SHARPER},
   }
   return dataclasses.replace(model, **changes[way])
 

@@ -20,8 +20,8 @@ def page_of(summary: list[dict], command: str) -> str:
   """
   drawings = "".join(
     figure(_curve(summary, kind, way), f"{kind}, {words}: mean over seeds.")
-    for kind in KINDS
     for way, words in WAYS.items()
+    for kind in KINDS
   )
   body = f'<div class="pair">{drawings}</div><pre>{escape(table(summary))}</pre>'
   return page("Retrieval against length", f"<p><code>{escape(command)}</code></p>", [("Right answers", body)])
@@ -44,17 +44,21 @@ def _curve(summary: list[dict], kind: str, way: str) -> str:
 
 
 def table(summary: list[dict]) -> str:
-  """Returns the shares as text: a line for each arm and way, a column for each length and kind, seeds in brackets."""
+  """Returns the shares as text: a line for each arm, way and kind that was asked, a column for each length.
+
+  In brackets are those of the seeds, in percent.
+  """
   lengths = sorted({entry["length"] for entry in summary})
   lines = []
   for arm in dict.fromkeys(entry["arm"] for entry in summary):
-    for way, words in WAYS.items():
+    for way in WAYS:
       for kind in KINDS:
         cells = {
-          e["length"]: f"{e[kind]:.0%} (" + " ".join(f"{s[kind]:.0%}" for s in e["by_seed"].values()) + ")"
+          e["length"]: f"{e[kind]:.0%} (" + " ".join(f"{100 * s[kind]:.0f}" for s in e["by_seed"].values()) + ")"
           for e in summary
           if e["arm"] == arm and e["way"] == way
         }
-        shares = "  ".join(f"{cells.get(length, '-'):>22}" for length in lengths)
-        lines.append(f"{arm:10} {kind:9} {words:46}{shares}")
-  return "\n".join([f"{'':67}" + "  ".join(f"{length:>22,}" for length in lengths), *lines])
+        shares = "  ".join(f"{cells.get(length, '-'):>18}" for length in lengths)
+        if cells:
+          lines.append(f"{arm:10} {kind:9} {way:13}{shares}")
+  return "\n".join([f"{'':34}" + "  ".join(f"{length:>18,}" for length in lengths), *lines])

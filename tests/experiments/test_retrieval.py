@@ -81,7 +81,7 @@ def test_the_summary_by_hand():
     (TRAINED, 2048): (0.25, 0.75), (INTERPOLATED, 2048): (0.0, 0.5), (SHARP, 2048): (0.25, 0.25),
   }  # fmt: skip
   assert page.page_of(study._summary(runs), "a command").count("<figure") == 6
-  assert "75% (100% 50%)" in page.table(study._summary(runs))
+  assert "75% (100 50)" in page.table(study._summary(runs))
 
 
 @pytest.mark.parametrize(("arm", "windowed"), [("modified", 7), ("plain", 8), ("rotary", 0)])
@@ -96,3 +96,7 @@ def test_longer_rows_are_read_in_three_ways():
   assert trained == CONFIG.model
   assert (interpolated.position_interpolation, interpolated.sharpen_from) == (4.0, 0)
   assert (sharpened.position_interpolation, sharpened.sharpen_from) == (1.0, 256)
+  # Where every group has a slope there is nothing to sharpen; where none has, all.
+  for arm, start in (("plain", 0), ("rotary", 256)):
+    model = resolve(load(f"{study.CONFIG}:{arm}")).model
+    assert answers.longer(model, SHARP, 1024, 4096).sharpen_from == start

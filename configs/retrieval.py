@@ -39,11 +39,11 @@ def get_config(arg=None):
   config.data.sources = ("synthetic:retrieval",)
   config.data.vocab_size = retrieval.VOCAB_SIZE
   config.data.seq_len = 1024
-  config.train.steps = 600
+  config.train.steps = 1500
   config.train.batch_size = 4
   config.train.learning_rate = 4e-3
-  config.train.eval_every = 200
-  config.train.checkpoint_every = 200
+  config.train.eval_every = 500
+  config.train.checkpoint_every = 500
   if arm == "plain":
     config.model.num_global_groups = 0
   if arm == "rotary":

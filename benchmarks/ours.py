@@ -168,8 +168,9 @@ def _decode_mixed(case: Case, variant: str) -> Work:
   """Easy sequences beside hard ones; `steady` or not. A token's time is that of the step that made it.
 
   The untrained policy gives each token the count that its sequence asks for: one to easy ones and k_max to hard ones.
-  From run to run there are HARD of eight, so many that all together ask for the budget. Timed are the steps in which
-  every slot decodes and no prompt is read.
+  From run to run there are HARD of eight, so many that all together ask for the budget. In the variant `equal` all ask
+  for the mean, so that every step does the same work and what spreads its times is the machine. Timed are the steps in
+  which every slot decodes and no prompt is read.
   """
   engine, prompts = _engine(case, steps=1, steady=variant == "steady", budget=case.k), _prompts(case)
   runs, timed = itertools.count(), []  # of each run a list of steps, seconds and mean experts each
@@ -178,7 +179,8 @@ def _decode_mixed(case: Case, variant: str) -> Work:
     number = next(runs)
     timed.append([])
     for index, prompt in enumerate(prompts):
-      engine.submit(Request(prompt, NEW, budget=float(case.k_max if index < HARD[number % len(HARD)] else 1)))
+      mixed = case.k_max if index < HARD[number % len(HARD)] else 1
+      engine.submit(Request(prompt, NEW, budget=float(case.k if variant == "equal" else mixed)))
     while engine.busy:
       reading, started = engine.reading, time.perf_counter()
       tokens = engine.step()

@@ -241,7 +241,7 @@ def _contenders(benchmark: str, cases: list, preset: str) -> list:
         # torch on CPU gains much from an allocator that keeps its memory; its users seldom set it, so it is told apart.
         contenders.append(Contender("peer", benchmark, case, peers[-1], keep_memory=True))
     elif benchmark == "decode":
-      contenders.append(Contender("ours", benchmark, case, "steady"))
+      contenders += [Contender("ours", benchmark, case, variant) for variant in ("steady", "equal")]
   return contenders
 
 

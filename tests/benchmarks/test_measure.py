@@ -54,11 +54,13 @@ def test_tokens_under_a_mix_of_prompts_are_timed():
   # Two runs compile or find their memory cold. Two are timed, with two hard sequences of eight and with one: of them
   # the first asks for 22 rows, beyond 16.
   case = dataclasses.replace(SMALL, **MIXED, num_experts=8, sequences=8)
-  free, steady = measure([Contender("ours", "decode", case, variant) for variant in ("", "steady")], 1, "cpu", str)[0]
+  contenders = [Contender("ours", "decode", case, variant) for variant in ("", "steady", "equal")]
+  free, steady, equal = measure(contenders, 1, "cpu", str)[0]
   assert free.numbers["p50_ms"] <= free.numbers["p99_ms"] and steady.name == "moe_lab steady"
   assert free.numbers["mean_experts"] == pytest.approx((22 + 15) / 16)
   assert steady.numbers["mean_experts"] == pytest.approx((16 + 15) / 16)
-  assert all(NEW < one.numbers["timed_steps"] < 2 * NEW for one in (free, steady))
+  assert equal.numbers["mean_experts"] == pytest.approx(2)
+  assert all(NEW < one.numbers["timed_steps"] < 2 * NEW for one in (free, steady, equal))
   text = results.table([free, steady], 1e12)
   assert "p99" in text and f"{steady.numbers['p99_ms']:.2f} ms" in text
 

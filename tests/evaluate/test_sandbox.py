@@ -217,7 +217,9 @@ def test_what_is_refused(attack, name):
     ("import os\nwhile True: os.write(2, b'x' * 65536)", "output"),
     ("10 ** 10 ** 10", "time-out"),
     ("import re; re.match(r'(a+)+$', 'a' * 64 + 'b')", "time-out"),
-    ("import sys; sys.setrecursionlimit(10**9)\ndef f(x): return [f, *map(f, [x])]\nf(0)", "signal"),
+    # The stack ends; from Python 3.12 on the interpreter counts what goes through C and stops before.
+    ("import sys; sys.setrecursionlimit(10**9)\ndef f(x): return [f, *map(f, [x])]\nf(0)",
+     "signal" if sys.version_info < (3, 12) else "exit"),
   ],
 )  # fmt: skip
 def test_what_ends_by_a_limit(attack, source, how):
